@@ -1,0 +1,85 @@
+# Looper-Math: `make run` trains a model through all phases, `make test` proves the workbook.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3
+RECIPE ?= pocket
+RUN ?= $(RECIPE)
+WORKERS ?= 2
+
+BIN := $(CURDIR)/.venv/bin
+READY := .venv/.ready
+AGREE := build/agree
+
+export TOKENIZERS_PARALLELISM := false
+export OMP_WAIT_POLICY := PASSIVE
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help run test test-agree test-notebooks test-smoke test-python lab export clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
+
+run: $(READY) ## run a recipe: make run RECIPE=pocket RUN=name
+	@$(BIN)/looper run $(RECIPE) --run $(RUN)
+
+test: ## all tests: notebooks and modules agree, cells, smoke run, pytest
+	@$(MAKE) $(READY)
+	@$(MAKE) test-agree
+	@$(MAKE) test-notebooks
+	@$(MAKE) test-smoke
+	@$(MAKE) test-python
+
+lab: $(READY) ## open the notebooks in JupyterLab
+	@$(BIN)/jupyter lab nbs
+
+export: $(READY) ## write the modules from the notebooks, and clean the notebooks
+	@$(BIN)/nbdev_export
+	@$(BIN)/nbdev_clean
+
+clean: ## delete build products; runs under outputs/ and .venv stay
+	@rm -rf build dist .pytest_cache .hypothesis
+	@find nbs looper_math tests -name __pycache__ -prune -exec rm -rf {} +
+
+# One test run must not disturb another program on the machine, nor ask the network for models.
+test-agree test-notebooks test-smoke test-python: export HF_HUB_OFFLINE := 1
+
+# Export and clean are run on a copy, so that the working tree stays as its author left it.
+test-agree: $(READY)
+	@echo "== notebooks and modules agree"
+	@rm -rf $(AGREE) && mkdir -p $(AGREE)/is
+	@cp -R nbs looper_math settings.ini setup.py README.md $(AGREE)/is
+	@find $(AGREE)/is \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+	@cp -R $(AGREE)/is $(AGREE)/made
+	@cd $(AGREE)/made && $(BIN)/nbdev_export && $(BIN)/nbdev_clean
+	@find $(AGREE)/made -name __pycache__ -prune -exec rm -rf {} +
+	@cd $(AGREE) && diff -rq is made || { echo "These files differ from what their notebooks make: run 'make export', look at the changes, and keep them." >&2; exit 1; }
+	@rm -rf $(AGREE)
+
+test-notebooks: export OMP_NUM_THREADS := 1
+test-notebooks: $(READY)
+	@echo "== cells of the notebooks"
+	@$(BIN)/nbdev_test --n_workers $(WORKERS) --timing
+
+test-smoke: $(READY)
+	@echo "== smoke recipe, all phases"
+	@rm -rf outputs/smoke-test
+	@$(BIN)/looper run smoke --run smoke-test
+	@test -f outputs/smoke-test/summary.json || { echo "the smoke run left no summary.json" >&2; exit 1; }
+
+test-python: $(READY)
+	@echo "== pytest"
+	@$(BIN)/python -m pytest -q tests
+
+# The stamp is newer than the list of requirements once everything is installed.
+$(READY): settings.ini setup.py
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found: install Python 3.11 or newer, or name it with make PYTHON=…" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) -V). Name another with make PYTHON=…" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) has no venv module: install it (on Debian and Ubuntu the package python3-venv)" >&2; exit 1; }
+	@echo "== installing into .venv (the first time this takes some minutes)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -qq -e '.[dev]'
+	@touch $@

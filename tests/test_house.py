@@ -1,0 +1,71 @@
+"What holds for the house as a whole: imports run one way, and parameters are where papermill sees them."
+import ast
+import subprocess
+import sys
+
+import nbformat
+import pytest
+
+from looper_math.records import ROOT
+from looper_math.runs import assign, parameters_of, phases_of, read_recipe, recipes
+
+# From the bottom up; a module imports only from lines above its own. The phases stand on the last line and never import each other.
+FLOORS = [
+    {"answers", "records"},
+    {"regime_w", "stats"},
+    {"data"},
+    {"pocket"},
+    {"models"},
+    {"engines"},
+    {"show", "runs", "training"},
+    {"sft", "rollouts", "preferences", "dpo", "evaluation"},
+]
+MODULES = sorted(p.stem for p in (ROOT / "looper_math").glob("[a-z]*.py"))
+PHASES = sorted((ROOT / "nbs").glob("0[1-9]_*.ipynb"))
+
+
+def imports_of(module):
+    "Names of the project's modules that a module imports, anywhere in it."
+    tree = ast.parse((ROOT / f"looper_math/{module}.py").read_text(encoding="utf-8"))
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            found |= {node.module.split(".")[0]} if node.module else {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("looper_math"):
+            found |= {node.module.split(".")[1]} if "." in node.module else {a.name for a in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("looper_math.")}
+    return found & set(MODULES)
+
+
+def floor(module):
+    return next((k for k, names in enumerate(FLOORS) if module in names), None)
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if floor(m) is not None])
+def test_imports_run_one_way(module):
+    wrong = [m for m in imports_of(module) if floor(m) is not None and floor(m) >= floor(module)]
+    assert not wrong, f"{module} imports {wrong}, which stand beside or above it"
+
+
+@pytest.mark.parametrize("module", [m for m in ("answers", "regime_w") if m in MODULES])
+def test_light_modules_need_no_torch(module):
+    code = f"import sys, looper_math.{module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("notebook", PHASES, ids=lambda p: p.stem)
+def test_every_parameter_is_visible_to_papermill(notebook):
+    "papermill overlooks lines such as `x: int | None = 1`; and each line says its type and meaning."
+    cell = next(c for c in nbformat.read(notebook, 4).cells if "parameters" in c.metadata.get("tags", []))
+    lines = [line for line in cell.source.splitlines() if line.strip() and not line.startswith(("#", " ", "]", "}"))]
+    names = [t.id for node in ast.parse(cell.source).body for t in node.targets]
+    assert names == list(parameters_of(notebook)) and "run" in names
+    assert all("#" in line for line in lines if not line.rstrip().endswith(("[", "{"))), "a parameter has no comment"
+
+
+@pytest.mark.parametrize("recipe", recipes())
+def test_recipes_name_real_parameters(recipe):
+    if PHASES:
+        phases = phases_of(ROOT, recipe)
+        assert assign(read_recipe(ROOT, recipe, phases), phases)

@@ -1,0 +1,119 @@
+"The phases as a user runs them: alone, after a kill, with bad input."
+import json, os, shutil, signal, subprocess, sys, time
+
+import pytest
+from safetensors.torch import load_file
+
+from conftest import RUN, SMALL, papermill
+from looper_math.records import ROOT, read_json, read_records, run_folder
+from looper_math.runs import parameters_of
+
+WORKER = """
+import sys, json
+from looper_math import {module} as phase
+s = phase.{settings}(**json.loads(sys.argv[1]))
+phase.{call}(s)
+"""
+
+
+def small(phase: str, **changes) -> dict:
+    "Parameters of a phase: the notebook's defaults, the small run's, then `changes`."
+    defaults = {k: p.default for k, p in parameters_of(ROOT / "nbs" / f"{phase}.ipynb").items()}
+    return defaults | {"run": RUN} | SMALL[phase] | changes
+
+
+def start(module: str, settings: str, call: str, parameters: dict) -> subprocess.Popen:
+    "The phase in a process of its own, so that it can be killed."
+    code = WORKER.format(module=module, settings=settings, call=call)
+    return subprocess.Popen([sys.executable, "-c", code, json.dumps(parameters)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def kill_when(process: subprocess.Popen, reached, limit: float = 120):
+    "Send SIGKILL as soon as `reached()` is true."
+    deadline = time.time() + limit
+    while not reached():
+        assert process.poll() is None, f"ended before it could be killed: {process.stderr.read()[-2000:]}"
+        assert time.time() < deadline, "never got to the point of the kill"
+        time.sleep(.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def test_rollouts_resume_to_the_same_bytes(small_run):
+    "kill -9 after the first shard lines, half a line added, then resume: the file of an unbroken run."
+    other = run_folder(RUN + "-killed")
+    shutil.rmtree(other, ignore_errors=True)
+    parameters = small("02_rollouts", run=other.name, adapter=str(small_run / "01_sft" / "adapter"))
+    shard = other / "02_rollouts" / "shard-0.jsonl"
+    process = start("rollouts", "RolloutSettings", "run_phase", parameters)
+    kill_when(process, lambda: shard.exists() and shard.stat().st_size > 0)
+    assert not (other / "02_rollouts" / "rollouts.jsonl").exists()
+    with shard.open("ab") as f: f.write(b'{"question_id": "torn')
+    resumed = start("rollouts", "RolloutSettings", "run_phase", parameters)
+    assert resumed.wait() == 0, resumed.stderr.read()[-2000:]
+    assert (other / "02_rollouts" / "rollouts.jsonl").read_bytes() == (small_run / "02_rollouts" / "rollouts.jsonl").read_bytes()
+    shutil.rmtree(other)
+
+
+def test_records_are_whole(small_run):
+    "Every question has its eleven arms; completions do not begin with their prompt; answers are read."
+    records = read_records(small_run / "02_rollouts" / "rollouts.jsonl")
+    assert len(records) == SMALL["02_rollouts"]["limit"]
+    for r in records:
+        assert len({t["arm_name"] for t in r["trajectories"]}) == 11
+        assert len({t["seed"] for t in r["trajectories"]}) == 11
+        for t in r["trajectories"]:
+            assert t["finish_reason"] in ("stop", "length") and t["num_tokens"] > 0
+            assert not t["full_text"].startswith(("Question", "Solve", "Solution"))
+
+
+def test_dpo_alone_and_after_a_kill(small_run):
+    "Plain papermill runs phase 4 on the files of phases 1 and 3; killed in the middle and run again, it ends where an unbroken run ends."
+    done = papermill("04_dpo", small_run / "04_dpo.ipynb")
+    assert done.returncode == 0, done.stderr[-3000:]
+    unbroken = load_file(small_run / "04_dpo" / "adapter" / "adapter_model.safetensors")
+    manifest = read_json(small_run / "04_dpo" / "manifest.json")
+    assert abs(manifest["metrics"]["step_zero"]["loss"] - .693147) < 1e-4 and manifest["metrics"]["least_gradient_norm"] > 0 and manifest["metrics"]["adapter_moved_by"] > 0
+
+    other = run_folder(RUN + "-killed")
+    shutil.rmtree(other, ignore_errors=True)
+    inputs = dict(adapter=str(small_run / "01_sft" / "adapter"), pairs=str(small_run / "03_preferences" / "pairs.jsonl"))
+    process = start("dpo", "DPOSettings", "main", small("04_dpo", run=other.name, **inputs))
+    kill_when(process, lambda: any((c / "trainer_state.json").exists() for c in (other / "04_dpo" / "adapter").glob("checkpoint-*")))
+    assert not (other / "04_dpo" / "manifest.json").exists()
+    again = papermill("04_dpo", other / "04_dpo.ipynb", run=other.name, **inputs)
+    assert again.returncode == 0, again.stderr[-3000:]
+    resumed = load_file(other / "04_dpo" / "adapter" / "adapter_model.safetensors")
+    assert unbroken.keys() == resumed.keys()
+    assert max((unbroken[k] - resumed[k]).abs().max().item() for k in unbroken) < 1e-5
+    shutil.rmtree(other)
+
+
+@pytest.mark.parametrize("phase, parameters, said", [
+    ("04_dpo", {"betta": 0.5}, "did you mean 'beta'"),
+    ("04_dpo", {"beta": "high"}, "beta must be float"),
+    ("04_dpo", {"beta": 0.7}, "another configuration"),
+    ("04_dpo", {"run": "pytest-nowhere"}, "run the phase that makes it"),
+])
+def test_refused_at_once_and_nothing_changed(small_run, tmp_path, phase, parameters, said):
+    "A misspelt or ill-typed parameter, another configuration, a missing input: a message that helps, and every file as it was."
+    if not (small_run / "04_dpo" / "manifest.json").exists(): assert papermill("04_dpo", small_run / "04_dpo.ipynb").returncode == 0
+    files = lambda: {p: p.stat().st_mtime_ns for p in run_folder("x").parent.rglob("*")}
+    before = files()
+    done = papermill(phase, tmp_path / "out.ipynb", **parameters)
+    assert done.returncode != 0 and said in done.stderr, done.stderr[-2000:]
+    assert files() == before
+
+
+def test_phase_2_on_questions_from_elsewhere(small_run, tmp_path):
+    "GSM8K-like questions with commas, dollars and long numbers: the pocket model is wrong, and the records are right."
+    questions = tmp_path / "questions.jsonl"
+    rows = [{"question": f"Weng earns ${n},000 a year — how much in {n} years?", "answer": f"She earns {n},000 * {n} = {n * n},000.\n#### {n * n},000"} for n in (12, 114)]
+    questions.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    other = run_folder(RUN + "-elsewhere")
+    shutil.rmtree(other, ignore_errors=True)
+    done = papermill("02_rollouts", other / "02_rollouts.ipynb", run=other.name, questions=str(questions), adapter=str(small_run / "01_sft" / "adapter"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    records = read_records(other / "02_rollouts" / "rollouts.jsonl")
+    assert [r["gold_answer"] for r in records] == ["144000", "12996000"] and all(len(r["trajectories"]) == 11 for r in records)
+    shutil.rmtree(other)

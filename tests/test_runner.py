@@ -1,0 +1,337 @@
+"The runner and the launcher, on a project of three tiny phases in a temporary folder."
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+
+from looper_math import runs
+from looper_math.records import RunConflict, SettingsError
+from looper_math.runs import PhaseFailed, Refused, looper, run_recipe
+
+HEAD = """
+import os, time
+from dataclasses import make_dataclass
+from pathlib import Path
+from looper_math import records
+records.ROOT = Path(ROOT_HERE)
+"""
+# name → parameters, the settings' fields, body. The 2nd and 3rd stand in for the real phases whose numbers the summary holds.
+PHASES = {
+    "01_numbers": (
+        'run = "tiny"  # str: run folder\ncount = 4  # int: how many\nscale = 1.0  # float: factor\nnote = ""  # str: a remark\ntwice = False  # bool: whether to double\nsizes = [1, 2]  # list: anything',
+        "run=str, count=int, scale=float, note=str, twice=bool, sizes=list",
+        'records.write_json(phase.folder/"numbers.json", [scale * i for i in range(count)])\nphase.finish([phase.folder/"numbers.json"])',
+    ),
+    "03_preferences": (
+        'run = "tiny"  # str: run folder\nseed = 7  # int: random seed\nwait = 0.0  # float: seconds to work\nbreak_at = ""  # str: work, plot or kernel',
+        "run=str, seed=int, wait=float, break_at=str",
+        """
+for step in range(3):
+    with records.RecordWriter(phase.folder/"pairs.jsonl") as w: w.append([{"step": step}])
+    time.sleep(wait)
+    assert not (break_at and Path("broken").exists() and break_at == "work"), "the work broke"
+    if Path("broken").exists() and break_at == "kernel": os._exit(9)
+phase.finish([phase.folder/"pairs.jsonl"], counts={"correctness": 5, "coherence": 2})
+assert not (Path("broken").exists() and break_at == "plot"), "the plot broke"
+""",
+    ),
+    "05_eval": (
+        'run = "tiny"  # str: run folder\nseed = 7  # int: random seed\nlimit = None  # int: questions, all if None',
+        "run=str, seed=int, limit=object",
+        """
+assert len(list(records.iter_records(inputs["pairs"]))) == 3, "pairs are missing or twice there"
+models = {m: {"correct": c, "n": 100} for m, c in (("base", 40), ("sft", 50), ("dpo", 65))}
+paired = {"sft_vs_base": {"gained": 15, "lost": 5, "p": 0.041}, "dpo_vs_sft": {"gained": 20, "lost": 5, "p": 0.0041}}
+phase.finish([], metrics={"models": models, "paired": paired})
+""",
+    ),
+}
+INPUTS = {
+    "01_numbers": "{}",
+    "03_preferences": '{"numbers": records.ROOT/"outputs"/run/"01_numbers/numbers.json"}',
+    "05_eval": '{"pairs": records.ROOT/"outputs"/run/"03_preferences/pairs.jsonl"}',
+}
+
+
+def write_notebook(path, cells):
+    "A notebook of code cells, the second tagged as the parameters."
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
+    nb.cells[1].metadata["tags"] = ["parameters"]
+    nb.metadata["kernelspec"] = {"name": "python3", "display_name": "python3", "language": "python"}
+    nbformat.write(nb, path)
+
+
+def make_project(root):
+    "Notebooks and recipes of the tiny project under `root`."
+    for recipe in ("tiny", "other"):
+        (root / "nbs/recipes" / recipe).mkdir(parents=True)
+        (root / "nbs/recipes" / recipe / "common.yaml").write_text("# nothing yet\n")
+    for name, (parameters, fields, body) in PHASES.items():
+        make = f"""
+Settings = make_dataclass("Settings", dict({fields}).items())
+given = records.settings(Settings, globals())
+inputs = {INPUTS[name]}
+phase = records.Phase({name!r}, given, inputs)
+shutil.rmtree(phase.folder, ignore_errors=True)
+phase.begin()"""
+        write_notebook(root / f"nbs/{name}.ipynb", ["import shutil", parameters, HEAD.replace("ROOT_HERE", repr(str(root))), make, body])
+    return root
+
+
+def files(root):
+    "Every file with its bytes and the time it was written."
+    return {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in root.rglob("*") if p.is_file()}
+
+
+def summary(root, run="tiny"):
+    return json.loads((root / "outputs" / run / "summary.json").read_text())
+
+
+@pytest.fixture
+def fresh(tmp_path):
+    return make_project(tmp_path.resolve())
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    "A project whose recipe `tiny` has run; tests that use it change nothing in it."
+    root = make_project(tmp_path_factory.mktemp("done").resolve())
+    run_recipe("tiny", root=root)
+    return root
+
+
+def test_a_run_leaves_notebooks_pages_and_a_summary(done, capsys):
+    folder = done / "outputs/tiny"
+    for phase in PHASES:
+        assert (folder / f"{phase}.ipynb").exists() and "<html" in (folder / f"{phase}.html").read_text()
+    got = summary(done)
+    assert got["models"]["dpo"] == {"correct": 65, "n": 100} and got["paired"]["dpo_vs_sft"]["gained"] == 20
+    assert got["pairs"] == {"correctness": 5, "coherence": 2} and set(got["seconds"]) == set(PHASES)
+    assert all(s > 0 for s in got["seconds"].values())
+    page = (folder / "report.html").read_text()
+    assert "65 / 100" in page and 'href="05_eval.html"' in page
+    state = json.loads((folder / "run.json").read_text())
+    assert state["recipe"] == "tiny" and state["parameters"]["03_preferences"]["seed"] == 7
+
+    before = files(folder / "03_preferences") | files(folder / "01_numbers")
+    run_recipe("tiny", root=done)
+    assert capsys.readouterr().out.count("done before") == 3
+    assert {p: v for p, v in files(folder).items() if p in before} == before and summary(done) == got
+
+
+REFUSED = {
+    "misspelt": (["run", "tiny", "-p", "01_numbers.cuont=3"], "-p 01_numbers.cuont=3: unknown parameter 'cuont'; did you mean 'count'?"),
+    "misspelt without a phase": (["run", "tiny", "-p", "scael=3"], "unknown parameter 'scael'; did you mean 'scale'?"),
+    "misspelt phase": (["run", "tiny", "-p", "03_preferecnes.seed=3"], "no phase '03_preferecnes'; did you mean '03_preferences'?"),
+    "several phases": (["run", "tiny", "-p", "seed=3"], "03_preferences, 05_eval all have 'seed'; write 03_preferences.seed=… for one of them or common.seed=… for all"),
+    "no value": (["run", "tiny", "-p", "count"], "expected PHASE.NAME=VALUE"),
+    "text for a float": (["run", "tiny", "-p", "scale=big"], "scale must be float, got str 'big'"),
+    "float for an int": (["run", "tiny", "-p", "count=2.5"], "count must be int, got float 2.5"),
+    "bool for an int": (["run", "tiny", "-p", "count=true"], "count must be int, got bool True"),
+    "int for a bool": (["run", "tiny", "-p", "twice=1"], "twice must be bool, got int 1"),
+    "int for a list": (["run", "tiny", "-p", "sizes=3"], "sizes must be list, got int 3"),
+    "none where none is not allowed": (["run", "tiny", "-p", "count=null"], "count must be int, got NoneType None"),
+    "the run as a parameter": (["run", "tiny", "-p", "common.run=x"], "given by --run"),
+    "a recipe that is not there": (["run", "tinny"], "there is no recipe 'tinny'; did you mean 'tiny'?"),
+    "a name that is a path": (["run", "tiny", "--run", "../elsewhere"], "run must be a name of letters"),
+    "an earlier phase missing": (["run", "tiny", "--run", "new", "--from", "05"], "05_eval needs 01_numbers, which is not done in"),
+    "an unknown phase": (["run", "tiny", "--from", "07"], "--from: no phase '07'"),
+    "phases back to front": (["run", "tiny", "--from", "05", "--to", "01"], "comes after"),
+    "the folder of another recipe": (["run", "other", "--run", "tiny"], "holds a run of recipe 'tiny', not 'other': give another --run NAME, or delete that folder"),
+    "other parameters": (["run", "tiny", "-p", "05.seed=8"], "was made with other parameters (seed was 7, now 8)"),
+    "other parameters outside --to": (["run", "tiny", "--to", "01", "-p", "05.seed=8"], "was made with other parameters"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_before_anything_is_written(done, case, capsys):
+    argv, message = REFUSED[case]
+    before = files(done)
+    with pytest.raises(SystemExit) as stop:
+        looper(argv, done)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert files(done) == before and not (done / "outputs/new").exists()
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("common", "cuont: 3", "nbs/recipes/tiny/common.yaml: unknown parameter 'cuont'; did you mean 'count'?"),
+        ("03_preferences", "seed: 3.5", "nbs/recipes/tiny/03_preferences.yaml: seed must be int, got float 3.5"),
+        ("03_preferences", "count: 3", "unknown parameter 'count'"),
+        ("01_numbers", "scale: 5e-5", "scale must be float, got str '5e-5'; in YAML a number with an exponent needs a point: 5.0e-5"),
+        ("01_nubmers", "count: 3", "no phase '01_nubmers'; did you mean '01_numbers'?"),
+        ("common", "count: [3", "this is no YAML"),
+        ("common", "- count", "expected lines of the form"),
+        ("phases", "[01_numbers, 04_dpo]", "no phase '04_dpo'"),
+    ],
+)
+def test_a_bad_recipe_is_refused_and_named(fresh, name, text, message):
+    (fresh / f"nbs/recipes/tiny/{name}.yaml").write_text(text)
+    before = files(fresh)
+    with pytest.raises((Refused, SettingsError)) as e:
+        run_recipe("tiny", root=fresh)
+    assert message in str(e.value) and files(fresh) == before
+
+
+def test_where_values_come_from(fresh):
+    "Later wishes win: common.yaml, the phase's file, then the flags; a common value reaches each phase that knows it."
+    recipe = fresh / "nbs/recipes/tiny"
+    (recipe / "common.yaml").write_text("seed: 1\ncount: 2\n")
+    (recipe / "05_eval.yaml").write_text("seed: 2\nlimit: 10\n")
+    phases = runs.phases_of(fresh, "tiny")
+    flags = [runs.read_flag(f, phases) for f in ("common.seed=3", "eval.seed=4", "1.note=007", "scale=5e-5", "sizes=[3, 4]", "01.twice=true")]
+    got = runs.assign(runs.read_recipe(fresh, "tiny", phases), phases)
+    assert (got["01_numbers"]["count"], got["03_preferences"]["seed"], got["05_eval"]["seed"], got["05_eval"]["limit"]) == (2, 1, 2, 10)
+    got = runs.assign(runs.read_recipe(fresh, "tiny", phases) + flags, phases)
+    assert (got["03_preferences"]["seed"], got["05_eval"]["seed"]) == (3, 4)
+    assert got["01_numbers"] == {"count": 2, "scale": 5e-5, "note": "007", "twice": True, "sizes": [3, 4]}
+
+
+def test_a_recipe_may_choose_its_phases(fresh, capsys):
+    (fresh / "nbs/recipes/tiny/phases.yaml").write_text("[01_numbers]\n")
+    assert run_recipe("tiny", root=fresh) is None
+    assert "[1/1] 01_numbers" in capsys.readouterr().out
+    assert not (fresh / "outputs/tiny/summary.json").exists()
+
+
+def test_no_recipe_lists_them(done, capsys):
+    looper(["run"], done)
+    assert capsys.readouterr().out.split() == ["Recipes:", "other", "tiny"]
+
+
+def test_a_failed_phase_shows_its_error_and_is_resumed(fresh, capsys):
+    (fresh / "broken").touch()
+    command = ["run", "tiny", "-p", "break_at=work"]
+    with pytest.raises(SystemExit) as stop:
+        looper(command, fresh)
+    err = capsys.readouterr().err
+    assert stop.value.code == 1 and "AssertionError: the work broke" in err and "outputs/tiny/03_preferences.ipynb" in err
+    assert "the work broke" in (fresh / "outputs/tiny/03_preferences.html").read_text()
+    left = nbformat.read(fresh / "outputs/tiny/03_preferences.ipynb", 4)
+    assert any(o.output_type == "error" for c in left.cells if c.cell_type == "code" for o in c.outputs)
+    assert not (fresh / "outputs/tiny/05_eval.ipynb").exists()
+
+    first = (fresh / "outputs/tiny/01_numbers/manifest.json").stat().st_mtime_ns
+    (fresh / "broken").unlink()
+    looper(command, fresh)
+    assert capsys.readouterr().out.count("done before") == 1
+    assert (fresh / "outputs/tiny/01_numbers/manifest.json").stat().st_mtime_ns == first and summary(fresh)["models"]["sft"]["correct"] == 50
+
+
+def test_a_phase_whose_plot_fails_is_not_done(fresh):
+    "The manifest is there, and still the notebook has to run to its end."
+    (fresh / "broken").touch()
+    for _ in range(2):
+        with pytest.raises(PhaseFailed, match="the plot broke"):
+            run_recipe("tiny", last="03", flags=("break_at=plot",), root=fresh)
+    assert (fresh / "outputs/tiny/03_preferences/manifest.json").exists()
+
+
+def test_a_dead_kernel_is_reported(fresh):
+    (fresh / "broken").touch()
+    with pytest.raises(PhaseFailed, match="the kernel died"):
+        run_recipe("tiny", last="03", flags=("break_at=kernel",), root=fresh)
+
+
+def start_runner(root):
+    "A runner in a process of its own, returned when phase 3 is in the middle of its work."
+    code = f"from pathlib import Path; from looper_math.runs import looper; looper(['run', 'tiny', '-p', 'wait=1.0'], Path({str(root)!r}))"
+    p = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    pairs = root / "outputs/tiny/03_preferences/pairs.jsonl"
+    for _ in range(600):
+        if pairs.exists() and pairs.stat().st_size:
+            return p
+        time.sleep(0.05)
+    p.kill()
+    raise AssertionError(p.communicate()[0])
+
+
+def test_two_runners_and_a_kill(fresh, capsys):
+    p = start_runner(fresh)
+    with pytest.raises(Refused, match="another runner is at work"):
+        run_recipe("tiny", flags=("wait=1.0",), root=fresh)
+    os.kill(p.pid, signal.SIGKILL)
+    p.wait()
+    assert not (fresh / "outputs/tiny/03_preferences/manifest.json").exists()
+    looper(["run", "tiny", "-p", "wait=1.0"], fresh)
+    assert capsys.readouterr().out.count("done before") == 1 and summary(fresh)["pairs"]["correctness"] == 5
+
+
+def test_control_c(fresh):
+    p = start_runner(fresh)
+    os.kill(p.pid, signal.SIGINT)
+    out = p.communicate(timeout=30)[0]
+    assert p.returncode == 130 and "the same command goes on from here" in out and "Traceback" not in out
+    assert not (fresh / "outputs/tiny/03_preferences/manifest.json").exists()
+
+
+def test_changed_input_of_a_finished_phase(done, tmp_path):
+    "A phase that is done is refused, not skipped, when what it was made from has changed."
+    root = tmp_path.resolve() / "copy"
+    shutil.copytree(done, root)
+    path = root / "outputs/tiny/03_preferences/manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(manifest | {"input_paths": {"numbers": "outputs/tiny/01_numbers/numbers.json"}}))
+    run_recipe("tiny", last="03", root=root)
+    (root / "outputs/tiny/01_numbers/numbers.json").write_text("[]")
+    before = files(root)
+    with pytest.raises(RunConflict, match="was made from another numbers than outputs/tiny/01_numbers/numbers.json is now"):
+        run_recipe("tiny", root=root)
+    assert files(root) == before
+
+
+def test_plain_papermill_refuses_a_misspelt_parameter(done, tmp_path):
+    "papermill itself only warns; the notebook's own settings refuse, before the phase writes anything."
+    before = files(done)
+    with pytest.raises(papermill.PapermillExecutionError, match="unknown parameter 'cuont'; did you mean 'count'"):
+        papermill.execute_notebook(done / "nbs/01_numbers.ipynb", tmp_path / "out.ipynb", {"cuont": 3}, progress_bar=False)
+    with pytest.raises(papermill.PapermillExecutionError, match="count must be int, got '3'"):
+        papermill.execute_notebook(done / "nbs/01_numbers.ipynb", tmp_path / "out.ipynb", {"count": "3"}, progress_bar=False)
+    assert files(done) == before
+
+
+def test_plain_papermill_runs_one_phase(fresh, tmp_path):
+    "And the runner takes over from there: the notebook runs once more and ends at once."
+    papermill.execute_notebook(fresh / "nbs/01_numbers.ipynb", tmp_path / "out.ipynb", {"run": "mine"}, progress_bar=False)
+    run_recipe("tiny", "mine", first="03", root=fresh)
+    assert (fresh / "outputs/mine/05_eval/manifest.json").exists()
+
+
+# --- the launcher
+
+
+@pytest.fixture
+def tiny_phase(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    import tiny_phase
+
+    return tiny_phase
+
+
+def test_launch_two_processes(tiny_phase, tmp_path, capsys):
+    runs.launch("tiny_phase", tiny_phase.Settings(str(tmp_path)), n_gpu=2)
+    assert [(tmp_path / f"rank{r}").read_text() for r in (0, 1)] == ["3.0", "3.0"]
+    assert "rank 0 of 2 is done" in capsys.readouterr().out
+
+
+def test_launch_fails_with_the_tail(tiny_phase, tmp_path):
+    with pytest.raises(RuntimeError, match="(?s)ended with exit code 1; its last lines.*rank 1 broke"):
+        runs.launch("tiny_phase", tiny_phase.Settings(str(tmp_path), fail=True), n_gpu=2)
+
+
+def test_too_few_processes_are_noticed(tiny_phase, tmp_path):
+    "An accelerate configuration that says two and starts one."
+    config = tmp_path / "accelerate.yaml"
+    config.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nnum_machines: 1\nnum_processes: 2\nuse_cpu: true\n")
+    with pytest.raises(RuntimeError, match="2 processes were asked for and 1 started"):
+        runs.launch("tiny_phase", tiny_phase.Settings(str(tmp_path)), accelerate_config=str(config))

@@ -1,0 +1,29 @@
+"A phase of a few lines, for the launcher's tests: two processes add up their ranks."
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from looper_math.runs import worker
+
+
+@dataclass
+class Settings:
+    folder: str  # where each rank leaves a file
+    fail: bool = False  # whether rank 1 should break
+
+
+def main(settings):
+    dist.init_process_group("gloo")
+    total = torch.tensor([float(dist.get_rank() + 1)])
+    dist.all_reduce(total)
+    if settings.fail and dist.get_rank() == 1:
+        raise ValueError("rank 1 broke")
+    (Path(settings.folder) / f"rank{dist.get_rank()}").write_text(str(total.item()))
+    print(f"rank {dist.get_rank()} of {dist.get_world_size()} is done")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    worker(main, Settings)
