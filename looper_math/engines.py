@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Request', 'Completion', 'uniforms', 'choose', 'end_tokens', 'generate_transformers', 'choose_engine', 'opened']
 
-# %% ../nbs/lib/engines.ipynb #2b967253
+# %% ../nbs/lib/engines.ipynb #a12f73a3
 import importlib.util, os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,8 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import DynamicCache
+from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from . import models
 from .records import resolve
@@ -98,7 +100,21 @@ def _roomy_cache(model, capacity: int) -> DynamicCache:
     cache.layers = [_RoomyLayer(capacity) for _ in cache.layers]
     return cache
 
-# %% ../nbs/lib/engines.ipynb #def71bb1
+# %% ../nbs/lib/engines.ipynb #84501af2
+def _grouped_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    "Attention of one new token to grouped keys, without repeating them; prompts go to the library's own."
+    rows, heads, length, width = query.shape
+    if length > 1: return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    groups = key.shape[1]
+    q, k, v = query.reshape(rows * groups, heads // groups, width), key.reshape(rows * groups, -1, width), value.reshape(rows * groups, -1, width)
+    scores = torch.bmm(q, k.transpose(1, 2)).mul_(scaling)
+    if attention_mask is not None: scores.view(rows, heads, -1).masked_fill_(~attention_mask[:, 0], float("-inf"))
+    return torch.bmm(scores.softmax(-1), v).view(rows, 1, heads, width), None
+
+AttentionInterface.register("grouped", _grouped_attention)
+AttentionMaskInterface.register("grouped", sdpa_mask)
+
+# %% ../nbs/lib/engines.ipynb #753511e5
 def _prefill(model, ids: list[list[int]], pad: int, room: int):
     "Run the left-padded prompts; returns the cache, the attention mask with `room` more columns, and the last position's logits."
     width = max(map(len, ids))
@@ -129,7 +145,7 @@ def _decode(model, ids: list[list[int]], requests: list[Request], pad: int, ends
         out[open_rows, step] = token
         going = ~torch.isin(token, ends) & (step + 1 < limit[open_rows])
         if not going.any(): break
-        if not going.all():
+        if not going.all():   # a copy of the cache, paid back by every later step
             kept = going.nonzero()[:, 0]
             open_rows, token, mask = open_rows[kept], token[kept], mask[kept]
             for layer in cache.layers: layer.keep(kept)
@@ -186,7 +202,7 @@ def _vllm(base: str, adapter: str | None, dtype: str):
         return [Completion(r.id, o.outputs[0].text, len(o.outputs[0].token_ids), o.outputs[0].finish_reason) for r, o in zip(requests, outs)]
     return generate
 
-# %% ../nbs/lib/engines.ipynb #aeb38ed6
+# %% ../nbs/lib/engines.ipynb #e2e3e4a5
 def choose_engine(engine: str) -> str: # transformers or vllm
     "`auto` takes vLLM where it is installed and a GPU is there, and says so; raises `ValueError` on an unknown name."
     if engine not in ("auto", "transformers", "vllm"): raise ValueError(f"engine must be auto, transformers or vllm, got {engine!r}")
@@ -206,4 +222,5 @@ def opened(engine: str,         # auto, transformers or vllm
     if choose_engine(engine) == "vllm": yield _vllm(base, adapter, dtype)
     else:
         model, tokenizer = models.load_merged(base, adapter, dtype), models.load_tokenizer(base)
+        if model.device.type == "cpu": model.set_attn_implementation("grouped")
         yield lambda requests: generate_transformers(requests, model, tokenizer, batch_size)

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['STYLES', 'CANONICAL', 'ARM_SETS', 'REWARD_TERMS', 'PRESETS', 'Arm', 'arms', 'sample_seed', 'Equation', 'Ledger',
-           'equations', 'ledger', 'TrajectorySet', 'read_set', 'Weights', 'Preset', 'find_preset', 'score_question',
-           'reward', 'score_rollout', 'score_records']
+           'equations', 'ledger', 'Weights', 'Preset', 'find_preset', 'score_question', 'reward', 'score_rollout',
+           'score_records']
 
-# %% ../nbs/00_regime_w.ipynb #b0970943
-import difflib, hashlib, re
+# %% ../nbs/00_regime_w.ipynb #d345f3d2
+import difflib, hashlib, itertools, re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from decimal import Decimal
@@ -85,18 +85,19 @@ def sample_seed(
     digest = hashlib.blake2b(f"{arm.seed}/{question_id}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 11
 
-# %% ../nbs/00_regime_w.ipynb #3a647944
+# %% ../nbs/00_regime_w.ipynb #e94e7b5d
 _MISSING = object()
 
 def _column(trajectories, field: str, question: str) -> list:
     "One field of all trajectories, mappings or objects. Raises ValueError where it is missing or a text is None."
-    values = [t.get(field, _MISSING) if isinstance(t, Mapping) else getattr(t, field, _MISSING) for t in trajectories]
-    for i, value in enumerate(values):
-        if value is _MISSING or (value is None and field != "answer"):
-            raise ValueError(f"question {question!r}: trajectory {i} has no {field!r}")
+    if isinstance(trajectories[0], Mapping): values = [t.get(field, _MISSING) for t in trajectories]
+    else: values = [getattr(t, field, _MISSING) for t in trajectories]
+    if _MISSING in values or (field != "answer" and None in values):
+        i = next(i for i, value in enumerate(values) if value is _MISSING or value is None)
+        raise ValueError(f"question {question!r}: trajectory {i} has no {field!r}")
     return values
 
-# %% ../nbs/00_regime_w.ipynb #83408f05
+# %% ../nbs/00_regime_w.ipynb #f04f7d17
 class _WordTable(dict):
     "Maps the code of a character to itself when it belongs to a word and to a blank otherwise."
     def __missing__(self, code):
@@ -104,27 +105,26 @@ class _WordTable(dict):
         self[code] = value = char if char.isalnum() or char == "_" else " "
         return value
 
-_WORDS = _WordTable()
+_UNICODE_WORDS = _WordTable()
+_ASCII_WORDS = bytes(ord(_UNICODE_WORDS[i].lower()) for i in range(128)) + bytes(range(128, 256))
 
-def words(
-    text: str, # any text
-) -> list[str]: # its words in order, lower-cased
-    "Runs of letters, digits and underscores in any script."
-    return text.lower().translate(_WORDS).split()
+def _words(text: str) -> list[bytes]:
+    "Lower-cased runs of letters, digits and underscores in any script, in order, as UTF-8."
+    if text.isascii(): return text.encode().translate(_ASCII_WORDS).split()
+    return text.lower().translate(_UNICODE_WORDS).encode().split()
 
-# %% ../nbs/00_regime_w.ipynb #519ce21e
-def jaccard(
-    texts: list[set[str]], # the word sets of n texts
-) -> np.ndarray: # (n, n), symmetric, in [0, 1], zero diagonal
-    "Jaccard index of every pair of word sets, through one matrix product."
+# %% ../nbs/00_regime_w.ipynb #cc227fdc
+def _common_words(texts: list[set]) -> np.ndarray:
+    "(n, n) sizes of the intersections of n word sets, their own sizes on the diagonal."
     vocabulary = list(set().union(*texts))
     incidence = np.frombuffer(b"".join([bytes(map(t.__contains__, vocabulary)) for t in texts]), np.uint8)
     incidence = incidence.reshape(len(texts), -1).astype(np.float32)
-    common = (incidence @ incidence.T).astype(np.float64)
-    size = common.diagonal()
-    overlap = common / np.maximum(size[:, None] + size - common, 1)
-    np.fill_diagonal(overlap, 0)
-    return overlap
+    return incidence @ incidence.T
+
+def _jaccard(common: np.ndarray) -> np.ndarray:
+    "Jaccard indices from sizes of intersections, (…, n, n), in [0, 1], with a zero diagonal."
+    size = np.diagonal(common, axis1=-2, axis2=-1)
+    return common / np.maximum(size[..., :, None] + size[..., None, :] - common, 1) * (1 - np.eye(common.shape[-1]))
 
 # %% ../nbs/00_regime_w.ipynb #b9ef9bf2
 _SIGNS = str.maketrans({"×": "*", "⋅": "*", "·": "*", "∗": "*", "÷": "/"})
@@ -145,7 +145,7 @@ def _arithmetic(line: str) -> str:
     if "percent" in line: line = _PERCENT.sub("%", line)
     return _UNIT.sub(r"\1_", _TIMES.sub("*", line))
 
-# %% ../nbs/00_regime_w.ipynb #33a8b1fa
+# %% ../nbs/00_regime_w.ipynb #fbad3f81
 _NUMBER = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]++)(?:\.[0-9]++)?|\.[0-9]++)"
 _OPERAND = rf"(?:\( *+)*+-?(?:[($€£] *+)*+{_NUMBER}%?_?(?: *+\)_?)*+"
 _SIDE = re.compile(rf"{_OPERAND}(?:(?: *+[-+*/] *+| of |(?<=[0-9)])(?=\()){_OPERAND})*+")
@@ -155,8 +155,9 @@ _AFTER = re.compile(r" *[-+*^](?= *[0-9A-Za-z($\\])| */ *(?:[0-9($]|[A-Za-z]\b)|
 _BRACKET = re.compile(r"[()]")
 _LONGEST = 300 # characters; nobody writes a longer expression in earnest
 
-def _whole(side: str) -> str | None:
+def _alone(side: str) -> str | None:
     "An expression without the brackets that open or close outside it; None when it cannot stand alone."
+    if "(" not in side and ")" not in side: return side if len(side) <= _LONGEST else None
     surplus = side.count("(") - side.count(")")
     while surplus > 0 and side[0] == "(": side, surplus = side[1:].lstrip(), surplus - 1
     while surplus < 0 and side[-1] in ")_": side, surplus = side[:-1].rstrip(), surplus + (side[-1] == ")")
@@ -166,19 +167,19 @@ def _whole(side: str) -> str | None:
         if depth < 0: return None
     return side if depth == 0 and len(side) <= _LONGEST else None
 
-# %% ../nbs/00_regime_w.ipynb #03754560
+# %% ../nbs/00_regime_w.ipynb #bc9e31f3
 def _left(line: str, start: int, end: int) -> str | None:
     "The longest expression in `line[start:end]` that ends at `end` and stands on its own."
     found = None
     for found in _SIDE.finditer(line, start, end): pass
     if found is None or line[found.end():end].strip(): return None
-    return None if _BEFORE.search(line[max(0, found.start() - 4):found.start()]) else _whole(found[0])
+    return None if _BEFORE.search(line[max(0, found.start() - 4):found.start()]) else _alone(found[0])
 
 def _right(line: str, start: int, end: int) -> str | None:
     "The longest expression in `line[start:end]` that begins at `start` and stands on its own."
     while start < end and line[start] == " ": start += 1
     found = _SIDE.match(line, start, end)
-    return None if found is None or _AFTER.match(line, found.end()) else _whole(found[0])
+    return None if found is None or _AFTER.match(line, found.end()) else _alone(found[0])
 
 # %% ../nbs/00_regime_w.ipynb #441663d1
 _OPERATOR = re.compile(r"[-+*/(]|of")
@@ -289,94 +290,115 @@ def ledger(
     if not truths: return Ledger(None, 0, None)
     return Ledger(sum(truths) / len(truths), len(truths), None if all(truths) else truths.index(False))
 
-# %% ../nbs/00_regime_w.ipynb #bdfab16e
+# %% ../nbs/00_regime_w.ipynb #bee4b118
+_ROLES = {arm.name: arm.probe for arm_set in ARM_SETS.values() for arm in arm_set if arm.probe}
+_parse = lru_cache(2**12, typed=True)(parse_answer)
+
 @dataclass(frozen=True)
-class TrajectorySet:
-    "The trajectories of one question as arrays over its n trajectories."
-    names: list[str] # arm names
-    answers: list[Fraction | None] # exact values
-    texts: list[str] # reasonings
-    same: np.ndarray # (n, n) float, 1 where two different trajectories have the same answer
-    overlap: np.ndarray # (n, n) float, Jaccard index of the wording, zero diagonal
-    lengths: np.ndarray # (n,) float, words
-    answered: np.ndarray # (n,) float, 1 where there is an answer
+class _Sets:
+    "The trajectories of Q questions, at most n each; arrays hold floats, zeros where no trajectory is present."
+    answers: list[list[Fraction | None]] # exact values
+    texts: list[list[str]] # reasonings
+    present: np.ndarray # (Q, n)
+    answered: np.ndarray # (Q, n)
+    same: np.ndarray # (Q, n, n), 1 where two different trajectories have the same answer
+    overlap: np.ndarray # (Q, n, n), Jaccard index of the wording, zero diagonal
+    lengths: np.ndarray # (Q, n), words
+    roles: dict[str, np.ndarray] # probe role → (Q, n), 1 where the trajectory comes from such an arm
 
-    def role(self, *probes: str) -> np.ndarray:
-        "Which trajectories come from an arm with one of these probe roles, (n,) float."
-        return np.array([_ROLE.get(name) in probes for name in self.names], float)
+# %% ../nbs/00_regime_w.ipynb #dad6210a
+def _read_sets(questions: list[tuple[str, list]]) -> _Sets:
+    "Encode (name, trajectories) of Q questions. Raises ValueError for a question without trajectories and for a missing field."
+    shape = len(questions), max((len(ts) for _, ts in questions), default=0)
+    answers, texts = [], []
+    codes, lengths = np.zeros(shape), np.zeros(shape)
+    common, present = np.zeros((*shape, shape[1])), np.zeros(shape)
+    roles = {role: np.zeros(shape) for role in ("A", "A_prime", "CF1")}
+    for q, (name, trajectories) in enumerate(questions):
+        if not trajectories: raise ValueError(f"question {name!r} has no trajectories")
+        n = len(trajectories)
+        texts.append(_column(trajectories, "reasoning", name))
+        raw = _column(trajectories, "answer", name)
+        value = {a: _parse(a) for a in dict.fromkeys(raw)}
+        code = {v: i for i, v in enumerate(dict.fromkeys(value.values()), start=1)} | {None: 0}
+        code = {a: code[v] for a, v in value.items()}
+        answers.append([value[a] for a in raw])
+        codes[q, :n], present[q, :n] = [code[a] for a in raw], 1
+        words = [_words(t) for t in texts[q]]
+        lengths[q, :n], common[q, :n, :n] = [len(w) for w in words], _common_words([set(w) for w in words])
+        for i, arm in enumerate(_column(trajectories, "arm_name", name)):
+            if arm in _ROLES: roles[_ROLES[arm]][q, i] = 1
+    answered = (codes > 0).astype(float)
+    same = (codes[:, :, None] == codes[:, None, :]) * answered[:, :, None] * (1 - np.eye(shape[1]))
+    return _Sets(answers, texts, present, answered, same, _jaccard(common), lengths, roles)
 
-_ROLE = {arm.name: arm.probe for arm_set in ARM_SETS.values() for arm in arm_set if arm.probe}
+# %% ../nbs/00_regime_w.ipynb #861d7048
+def _whole(s: _Sets) -> np.ndarray:
+    "One subset per question, (Q, 1, n): the set itself."
+    return s.present[:, None]
 
-def read_set(
-    trajectories: Iterable, # mappings or objects with arm_name, reasoning and answer
-    question: str = "", # what errors call the question
-) -> TrajectorySet:
-    "Read and encode the trajectories of one question. Raises ValueError for none at all and for a missing field."
-    trajectories = list(trajectories)
-    if not trajectories: raise ValueError(f"question {question!r} has no trajectories")
-    names, texts, raw = (_column(trajectories, f, question) for f in ("arm_name", "reasoning", "answer"))
-    value = {a: parse_answer(a) for a in dict.fromkeys(raw)}
-    code = {v: i for i, v in enumerate(dict.fromkeys(value.values()), start=1) if v is not None}
-    codes = np.array([code.get(value[a], 0) for a in raw])
-    same = ((codes[:, None] == codes) & (codes > 0)).astype(float)
-    np.fill_diagonal(same, 0)
-    tokens = [words(t) for t in texts]
-    return TrajectorySet(names, [value[a] for a in raw], texts, same, jaccard([set(t) for t in tokens]),
-                         np.array([len(t) for t in tokens], float), (codes > 0).astype(float))
+def _without_each(s: _Sets) -> np.ndarray:
+    "n subsets per question, (Q, n, n): row i lacks member i."
+    return s.present[:, None] * (1 - np.eye(s.present.shape[1]))
 
-# %% ../nbs/00_regime_w.ipynb #ea152e32
-def _share(total: np.ndarray, count: np.ndarray, otherwise) -> np.ndarray:
+def _total(keep: np.ndarray, values: np.ndarray) -> np.ndarray:
+    "Sum of (Q, n) values over each subset, (Q, m)."
+    return (keep * values[:, None]).sum(-1)
+
+def _share(total, count, otherwise) -> np.ndarray:
     "total / count where count is positive, elsewhere `otherwise`."
     return np.where(count > 0, total / np.maximum(count, 1), otherwise)
 
+# %% ../nbs/00_regime_w.ipynb #58aef406
 def _pairs(keep: np.ndarray, matrix: np.ndarray, alone: np.ndarray) -> np.ndarray:
-    "Mean of a symmetric matrix with zero diagonal over the pairs of each subset, (m,); `alone` for a subset of one."
-    size = keep.sum(1)
-    return _share(((keep @ matrix) * keep).sum(1), size * (size - 1), alone)
+    "Mean of a symmetric matrix with zero diagonal over the pairs of each subset, (Q, m); `alone` for a subset of one."
+    size = keep.sum(-1)
+    return _share(((keep @ matrix) * keep).sum(-1), size * (size - 1), alone)
 
-def s_end(
-    s: TrajectorySet, # n trajectories
-    keep: np.ndarray, # (m, n) subsets as rows of 0 and 1
-) -> np.ndarray: # (m,) in [0, 1]
-    "Share of pairs with the same answer; for one trajectory whether it has an answer."
-    return _pairs(keep, s.same, (keep @ s.answered > 0).astype(float))
+def _s_end(s: _Sets, keep: np.ndarray) -> np.ndarray:
+    "Share of pairs with the same answer, (Q, m) in [0, 1]; for one trajectory whether it has an answer."
+    return _pairs(keep, s.same, (_total(keep, s.answered) > 0).astype(float))
 
-# %% ../nbs/00_regime_w.ipynb #811c627a
-def _mean_and_variance(s, keep):
-    "Mean and population variance of the word counts of each subset, exact because the counts are whole numbers."
-    size, total = keep.sum(1), keep @ s.lengths
-    return total / size, (size * (keep @ s.lengths**2) - total**2) / size**2
+# %% ../nbs/00_regime_w.ipynb #5f8362f2
+def _mean_and_variance(s: _Sets, keep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    "Mean and population variance of the word counts of each subset; exact, because the counts are whole numbers."
+    size, total = keep.sum(-1), _total(keep, s.lengths)
+    return total / np.maximum(size, 1), (size * _total(keep, s.lengths**2) - total**2) / np.maximum(size, 1)**2
 
-def path_overlap(s: TrajectorySet, keep: np.ndarray, w) -> np.ndarray:
-    "`platinum-11`: w.length · L + w.overlap · J, with w.paraphrase of J given to the pair A, A′ where both are there. (m,) in [0, 1]."
+def _path_overlap(s: _Sets, keep: np.ndarray, w) -> np.ndarray:
+    "`platinum-11`: w.length · L + w.overlap · J, with w.paraphrase of J given to the pair A, A′ where both are there. (Q, m) in [0, 1]."
     mean, variance = _mean_and_variance(s, keep)
-    steady = np.where(mean > 0, 1 / (1 + variance / np.maximum(mean, 1e-9)), 0)
+    steady = np.where(mean > 0, mean / np.maximum(mean + variance, 1e-9), 0)
     alike = _pairs(keep, s.overlap, (mean > 0).astype(float))
-    a, a_prime = keep * s.role("A"), keep * s.role("A_prime")
-    both = _share((a @ s.overlap * a_prime).sum(1), a.sum(1) * a_prime.sum(1), np.nan)
-    return w.length * steady + w.overlap * np.where(np.isnan(both), alike, (1 - w.paraphrase) * alike + w.paraphrase * both)
+    a, a_prime = keep * s.roles["A"][:, None], keep * s.roles["A_prime"][:, None]
+    probes = a.sum(-1) * a_prime.sum(-1)
+    between = _share(((a @ s.overlap) * a_prime).sum(-1), probes, 0)
+    return w.length * steady + w.overlap * np.where(probes > 0, (1 - w.paraphrase) * alike + w.paraphrase * between, alike)
 
-def path_length(s: TrajectorySet, keep: np.ndarray, w) -> np.ndarray:
-    "`guide-8`: 1 − var/mean² of the word counts, never below 0. (m,) in [0, 1]."
+def _path_length(s: _Sets, keep: np.ndarray, w) -> np.ndarray:
+    "`guide-8`: 1 − var/mean² of the word counts, never below 0. (Q, m) in [0, 1]."
     mean, variance = _mean_and_variance(s, keep)
     return np.where(mean > 0, np.maximum(0, 1 - variance / np.maximum(mean, 1e-9)**2), 0)
 
-# %% ../nbs/00_regime_w.ipynb #7f663018
-def consensus(s: TrajectorySet, keep: np.ndarray, ledgers=None) -> np.ndarray:
-    "`platinum-11`: (m − 1)/(n − 1), m the size of the largest group with one answer; for one trajectory whether it has an answer."
-    others = ((keep @ s.same) * keep).max(1)
-    return _share(others, keep.sum(1) - 1, (keep @ s.answered > 0).astype(float))
+# %% ../nbs/00_regime_w.ipynb #a11ac561
+def _consensus(s: _Sets, keep: np.ndarray, shares: np.ndarray | None) -> np.ndarray:
+    "`platinum-11`: (m − 1)/(n − 1), m the size of the largest group with one answer; for one trajectory whether it has an answer. (Q, m)"
+    return _share(((keep @ s.same) * keep).max(-1), keep.sum(-1) - 1, (_total(keep, s.answered) > 0).astype(float))
 
-def consistency(s: TrajectorySet, keep: np.ndarray, ledgers: list[Ledger]) -> np.ndarray:
-    "`guide-8`: mean share of true equations over the trajectories that wrote any, 0 where none did. (m,) in [0, 1]."
-    known = np.array([l.share is not None for l in ledgers], float)
-    shares = np.array([l.share or 0 for l in ledgers], float)
-    return _share(keep @ shares, keep @ known, 0.0)
+def _consistency(s: _Sets, keep: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    "`guide-8`: mean of the (Q, n) ledger shares over the trajectories that have one (not nan), 0 where none has. (Q, m)"
+    return _share(_total(keep, np.nan_to_num(shares)), _total(keep, ~np.isnan(shares)), 0.0)
 
-def s_probe(s: TrajectorySet, keep: np.ndarray) -> np.ndarray:
-    "Share of A and A′ whose answer CF1 confirms, (m,); nan where CF1 or both of them are missing."
-    plain_probes, doubt = keep * s.role("A", "A_prime"), keep * s.role("CF1")
-    return _share((plain_probes @ s.same * doubt).sum(1), plain_probes.sum(1) * doubt.sum(1), np.nan)
+def _s_probe(s: _Sets, keep: np.ndarray) -> np.ndarray:
+    "Share of A and A′ whose answer CF1 confirms, (Q, m); nan where CF1 or both of them are missing."
+    plain_probes, doubt = keep * (s.roles["A"] + s.roles["A_prime"])[:, None], keep * s.roles["CF1"][:, None]
+    return _share(((plain_probes @ s.same) * doubt).sum(-1), plain_probes.sum(-1) * doubt.sum(-1), np.nan)
+
+def _shares(ledgers: list[list[Ledger]], shape: tuple[int, int]) -> np.ndarray:
+    "(Q, n) shares of true equations, nan where there are none."
+    shares = np.full(shape, np.nan)
+    for q, row in enumerate(ledgers): shares[q, :len(row)] = [np.nan if l.share is None else l.share for l in row]
+    return shares
 
 # %% ../nbs/00_regime_w.ipynb #dfb8c1ab
 @dataclass(frozen=True)
@@ -404,7 +426,7 @@ class Weights:
 
 REWARD_TERMS = ("correct", "s_wm", "quality", "agreement", "coherence", "lift", "excess_tokens")
 
-# %% ../nbs/00_regime_w.ipynb #a3f48e4b
+# %% ../nbs/00_regime_w.ipynb #449132c4
 @dataclass(frozen=True)
 class Preset:
     "One recipe of Regime W."
@@ -421,8 +443,8 @@ PRESETS = {p.name: p for p in [
     Preset("core-variants", "core-variants", alignment="plurality"),
     Preset("leave-one-out", "platinum-11", weights=Weights(s_wm=0.0, quality=0.0, coherence=0.5)),
 ]}
-_PATHS = {"overlap": path_overlap, "length": path_length}
-_CFS = {"consensus": consensus, "consistency": consistency}
+_PATHS = {"overlap": _path_overlap, "length": _path_length}
+_CFS = {"consensus": _consensus, "consistency": _consistency}
 
 def find_preset(
     preset: str | Preset, # a name, or a preset of one's own
@@ -430,15 +452,17 @@ def find_preset(
     "The preset of this name. Raises ValueError that names the nearest one."
     return preset if isinstance(preset, Preset) else _named("preset", preset, PRESETS)
 
-# %% ../nbs/00_regime_w.ipynb #36f25d77
-def _metrics(s: TrajectorySet, keep: np.ndarray, preset: Preset, ledgers: list[Ledger] | None) -> dict[str, np.ndarray]:
-    "All metrics of each subset, (m,) each; s_probe is nan where it has no value."
+# %% ../nbs/00_regime_w.ipynb #699c1dad
+def _metrics(s: _Sets, keep: np.ndarray, preset: Preset, shares: np.ndarray | None) -> dict[str, np.ndarray]:
+    "All metrics of each subset, (Q, m) each; s_probe is nan where it has no value."
     w = preset.weights
-    end, path, cf = s_end(s, keep), _PATHS[preset.s_path](s, keep, w), _CFS[preset.s_cf](s, keep, ledgers)
-    return dict(s_end=end, s_path=path, s_cf=cf, s_probe=s_probe(s, keep), s_wm=w.end * end + w.path * path + w.cf * cf)
+    end, path, cf = _s_end(s, keep), _PATHS[preset.s_path](s, keep, w), _CFS[preset.s_cf](s, keep, shares)
+    return dict(s_end=end, s_path=path, s_cf=cf, s_probe=_s_probe(s, keep), s_wm=w.end * end + w.path * path + w.cf * cf)
 
-def _first_row(metrics) -> dict[str, float | None]:
-    return {name: None if np.isnan(v[0]) else float(v[0]) for name, v in metrics.items()}
+def _rows(columns: dict[str, np.ndarray]) -> list[dict]:
+    "Columns of equal length as one dict per row; nan becomes None."
+    lists = [[None if v != v else v for v in c.tolist()] for c in columns.values()]
+    return [dict(zip(columns, row)) for row in zip(*lists)]
 
 def score_question(
     trajectories: Iterable, # mappings or objects with arm_name, reasoning and answer
@@ -446,107 +470,116 @@ def score_question(
     question: str = "", # what errors call the question
 ) -> dict[str, float | None]: # s_end, s_path, s_cf, s_probe and s_wm, each in [0, 1]; s_probe may be None
     "Coherence of the trajectories of one question. Raises ValueError for none at all, a missing field, an unknown preset."
-    preset, s = find_preset(preset), read_set(trajectories, question)
-    ledgers = [ledger(t) for t in s.texts] if preset.s_cf == "consistency" else None
-    return _first_row(_metrics(s, np.ones((1, len(s.names))), preset, ledgers))
+    preset, s = find_preset(preset), _read_sets([(question, list(trajectories))])
+    shares = _shares([[ledger(t) for t in s.texts[0]]], s.present.shape) if preset.s_cf == "consistency" else None
+    return _rows({name: m[:, 0] for name, m in _metrics(s, _whole(s), preset, shares).items()})[0]
 
-# %% ../nbs/00_regime_w.ipynb #6678d1a1
-def conciseness(
-    tokens: np.ndarray, # (n,) model tokens
-    correct: np.ndarray, # (n,) bool
-) -> np.ndarray: # (n,) in [0, 1], nan for incorrect trajectories
-    "1 for the shortest and 0 for the longest correct trajectory, 0.5 when all are equally long."
-    score = np.full(len(tokens), np.nan)
-    if correct.any():
-        low, high = tokens[correct].min(), tokens[correct].max()
-        score[correct] = (high - tokens[correct]) / (high - low) if high > low else 0.5
-    return score
+# %% ../nbs/00_regime_w.ipynb #6f53ca90
+def _conciseness(tokens: np.ndarray, correct: np.ndarray) -> np.ndarray:
+    "1 for the shortest and 0 for the longest correct trajectory, 0.5 when all are equally long, nan for incorrect ones. (Q, n)"
+    low = np.where(correct, tokens, np.inf).min(-1, keepdims=True)
+    high = np.where(correct, tokens, -np.inf).max(-1, keepdims=True)
+    spread = np.where(high > low, high - low, 1)
+    return np.where(correct, np.where(high > low, (high - tokens) / spread, 0.5), np.nan)
 
-def alignment(
-    s: TrajectorySet, # n trajectories
-    correct: np.ndarray, # (n,) bool
-    reference: str = "probes", # "probes" or "plurality"
-) -> np.ndarray: # (n,) in [0, 1], nan where there is no reference, and for incorrect trajectories
-    "Likeness to the clear solutions: largest with a correct A or A′, or mean with the most frequent answer."
-    if reference == "probes": column = (s.role("A", "A_prime") > 0) & correct
-    else: column = (s.same.sum(1) == s.same.sum(1).max()) & (s.answered > 0)
-    usable = np.broadcast_to(column, s.same.shape) & ~np.eye(len(column), dtype=bool)
-    if reference == "probes": score = np.where(usable, s.overlap, 0).max(1)
-    else: score = (s.overlap * usable).sum(1) / np.maximum(usable.sum(1), 1)
-    return np.where(usable.any(1) & correct, score, np.nan)
+def _alignment(s: _Sets, correct: np.ndarray, reference: str) -> np.ndarray:
+    "Likeness to the clear solutions (reference `probes`) or to the plurality's; nan without one and for incorrect trajectories. (Q, n)"
+    supporters = s.same.sum(-1)
+    if reference == "probes": clear = correct * (s.roles["A"] + s.roles["A_prime"])
+    else: clear = s.answered * (supporters == supporters.max(-1, keepdims=True))
+    usable = clear[:, None] * (1 - np.eye(clear.shape[1]))
+    if reference == "probes": likeness = (s.overlap * usable).max(-1)
+    else: likeness = _share((s.overlap * usable).sum(-1), usable.sum(-1), 0)
+    return np.where((usable.max(-1) > 0) & correct, likeness, np.nan)
 
-def quality(s: TrajectorySet, tokens: np.ndarray, correct: np.ndarray, preset: Preset) -> dict[str, np.ndarray]:
-    "Conciseness, alignment and their weighted sum, conciseness alone where there is no alignment. (n,) each, nan for incorrect ones."
-    short, near = conciseness(tokens, correct), alignment(s, correct, preset.alignment)
+def _quality(s: _Sets, tokens: np.ndarray, correct: np.ndarray, preset: Preset) -> dict[str, np.ndarray]:
+    "Conciseness, alignment and their weighted sum, conciseness alone where there is no alignment; nan for incorrect trajectories. (Q, n) each."
+    short, near = _conciseness(tokens, correct), _alignment(s, correct, preset.alignment)
     mixed = preset.weights.conciseness * short + preset.weights.alignment * near
     return dict(conciseness=short, alignment=near, quality=np.where(np.isnan(near), short, mixed))
 
-# %% ../nbs/00_regime_w.ipynb #625f5e51
-def coherence(s: TrajectorySet, ledgers: list[Ledger], w: Weights) -> dict[str, np.ndarray]:
-    "Support, centrality and their weighted mean with the ledger, (n,) in [0, 1] each; nan for a set of one, which belongs to nothing."
-    n = len(s.names)
-    if n == 1: return {name: np.array([np.nan]) for name in ("support", "centrality", "coherence")}
-    supporters = s.same.sum(1)
-    kin = np.where(supporters[:, None] > 0, s.same, 1 - np.eye(n))
-    support, centrality = supporters / (n - 1), (s.overlap * kin).sum(1) / kin.sum(1)
-    true = np.array([np.nan if l.share is None else l.share for l in ledgers])
+# %% ../nbs/00_regime_w.ipynb #dc25784c
+def _coherence(s: _Sets, shares: np.ndarray, w: Weights) -> dict[str, np.ndarray]:
+    "Support, centrality and their weighted mean with the ledger, (Q, n) in [0, 1] each; nan in a set of one."
+    others = _without_each(s)
+    supporters, count = s.same.sum(-1), others.sum(-1)
+    kin = np.where(supporters[..., None] > 0, s.same, others)
+    support = _share(supporters, count, np.nan)
+    centrality = _share((s.overlap * kin).sum(-1), kin.sum(-1), np.nan)
     mixed = w.support * support + w.centrality * centrality
-    mixed = np.where(np.isnan(true), mixed / (w.support + w.centrality), (mixed + w.ledger * true) / (w.support + w.centrality + w.ledger))
-    return dict(support=support, centrality=centrality, coherence=mixed)
+    without = mixed / (w.support + w.centrality)
+    with_ledger = (mixed + w.ledger * shares) / (w.support + w.centrality + w.ledger)
+    return dict(support=support, centrality=centrality, coherence=np.where(np.isnan(shares), without, with_ledger))
 
-def _lift(s: TrajectorySet, preset: Preset, ledgers: list[Ledger] | None, s_wm: float) -> np.ndarray:
-    "s_wm of the set minus s_wm of the set without each trajectory, (n,) in [-1, 1]; nan for a set of one."
-    n = len(s.names)
-    return s_wm - _metrics(s, 1 - np.eye(n), preset, ledgers)["s_wm"] if n > 1 else np.array([np.nan])
+def _lift(s: _Sets, preset: Preset, shares: np.ndarray, s_wm: np.ndarray) -> np.ndarray:
+    "(Q,) s_wm of the sets minus s_wm of each set without each trajectory, (Q, n) in [-1, 1]; nan in a set of one."
+    lift = s_wm[:, None] - _metrics(s, _without_each(s), preset, shares)["s_wm"]
+    return np.where(s.present.sum(-1, keepdims=True) > 1, lift, np.nan)
 
-# %% ../nbs/00_regime_w.ipynb #ea31bef0
+# %% ../nbs/00_regime_w.ipynb #a08ed77e
 def reward(
     signals: Mapping[str, float | None], # the reward terms of a trajectory, by name
     weights: Weights = Weights(), # by the same names
 ) -> float:
-    "Sum of weight × signal over `REWARD_TERMS`; a signal that has no value adds nothing."
+    "Sum of weight × signal over `REWARD_TERMS`; a signal without a value adds nothing."
     return sum(getattr(weights, term) * (signals[term] or 0) for term in REWARD_TERMS)
 
-# %% ../nbs/00_regime_w.ipynb #87308d26
-def _columns(**arrays) -> list[dict]:
-    "Arrays over trajectories as one dict per trajectory; nan becomes None."
-    lists = [[None if v != v else v for v in a.tolist()] for a in arrays.values()]
-    return [dict(zip(arrays, row)) for row in zip(*lists)]
+# %% ../nbs/00_regime_w.ipynb #e917cfab
+def _signals(s: _Sets, golds: list[Fraction], tokens: np.ndarray, preset: Preset, every_signal: bool) -> tuple[dict, dict]:
+    "Metrics (Q,) and signals (Q, n) of Q questions, nan where there is no value; reward and first_false among the signals."
+    w = preset.weights
+    with_ledger = every_signal or w.coherence or w.lift or preset.s_cf == "consistency"
+    ledgers = [[ledger(t) if with_ledger else Ledger(None, 0, None) for t in texts] for texts in s.texts]
+    shares = _shares(ledgers, s.present.shape)
+    metrics = {name: m[:, 0] for name, m in _metrics(s, _whole(s), preset, shares).items()}
+    correct = np.zeros(s.present.shape, bool)
+    for q, (answers, gold) in enumerate(zip(s.answers, golds)): correct[q, :len(answers)] = [a == gold for a in answers]
+    unanimous = correct.sum(-1, keepdims=True) == s.present.sum(-1, keepdims=True)
+    signals = dict(correct=correct * 1.0, s_wm=s.present * metrics["s_wm"][:, None], agreement=s.present * unanimous,
+                   excess_tokens=np.maximum(0, tokens - w.free_tokens)) | _quality(s, tokens, correct, preset)
+    if with_ledger:
+        first_false = np.full(s.present.shape, None)
+        for q, row in enumerate(ledgers): first_false[q, :len(row)] = [l.first_false for l in row]
+        signals |= _coherence(s, shares, w) | dict(lift=_lift(s, preset, shares, metrics["s_wm"]), ledger=shares, first_false=first_false)
+    zero = np.zeros(s.present.shape)
+    signals["reward"] = sum(getattr(w, term) * np.nan_to_num(signals.get(term, zero)) for term in REWARD_TERMS)
+    return metrics, signals
+
+# %% ../nbs/00_regime_w.ipynb #9a0c7567
+def _score_batch(questions: list[tuple], preset: Preset, every_signal: bool) -> list[tuple[dict, list[dict]]]:
+    "Score (name, trajectories, gold) of Q questions: metrics and per trajectory reward, correct and signals."
+    golds = [_parse(gold) for _, _, gold in questions]
+    for (name, _, gold), value in zip(questions, golds):
+        if value is None: raise ValueError(f"question {name!r}: the gold answer {gold!r} is no number")
+    s = _read_sets([(name, trajectories) for name, trajectories, _ in questions])
+    tokens = np.zeros(s.present.shape)
+    for q, (name, trajectories, _) in enumerate(questions): tokens[q, :len(trajectories)] = _column(trajectories, "num_tokens", name)
+    metrics, signals = _signals(s, golds, tokens, preset, every_signal)
+    rows = _rows({name: column[s.present > 0] for name, column in signals.items()})
+    scored = [dict(reward=row.pop("reward"), correct=bool(row["correct"]), signals=row) for row in rows]
+    ends = np.cumsum([len(texts) for texts in s.texts])
+    return [(values, scored[end - len(texts):end]) for values, texts, end in zip(_rows(metrics), s.texts, ends)]
 
 def score_rollout(
     trajectories: Iterable, # mappings or objects with arm_name, reasoning, answer and num_tokens
     gold: str | int | float | Fraction, # the right answer
     preset: str | Preset = "platinum-11", # a name in PRESETS, or a preset
     question: str = "", # what errors call the question
-    every_signal: bool = True, # False computes only what the preset's reward needs
+    every_signal: bool = True, # False leaves out the ledger, coherence and lift where the reward needs none of them
 ) -> tuple[dict, list[dict]]: # the metrics; and per trajectory reward, correct and signals
     "Metrics, rewards and signals of one question. Raises ValueError as `score_question` does, and for a gold answer that is no number."
-    preset, trajectories = find_preset(preset), list(trajectories)
-    s, target, w = read_set(trajectories, question), parse_answer(gold), preset.weights
-    if target is None: raise ValueError(f"question {question!r}: the gold answer {gold!r} is no number")
-    tokens = np.array(_column(trajectories, "num_tokens", question), float)
-    ledgers = [ledger(t) for t in s.texts] if every_signal or w.coherence or preset.s_cf == "consistency" else None
-    metrics = _first_row(_metrics(s, np.ones((1, len(s.names))), preset, ledgers))
-    correct = np.array([a == target for a in s.answers])
-    terms = quality(s, tokens, correct, preset) | dict(
-        correct=correct.astype(float), s_wm=np.full(len(tokens), metrics["s_wm"]), agreement=np.full(len(tokens), float(correct.all())),
-        excess_tokens=np.maximum(0, tokens - w.free_tokens))
-    unused = np.full(len(tokens), np.nan)
-    terms |= coherence(s, ledgers, w) if every_signal or w.coherence else dict(coherence=unused)
-    terms |= dict(lift=_lift(s, preset, ledgers, metrics["s_wm"]) if every_signal or w.lift else unused)
-    signals = _columns(**terms)
-    if ledgers:
-        for row, l in zip(signals, ledgers): row |= dict(ledger=l.share, first_false=l.first_false)
-    return metrics, [dict(reward=reward(row, w), correct=bool(c), signals=row) for row, c in zip(signals, correct)]
+    return _score_batch([(question, list(trajectories), gold)], find_preset(preset), every_signal)[0]
 
-# %% ../nbs/00_regime_w.ipynb #0fa67999
+# %% ../nbs/00_regime_w.ipynb #738cb3e8
 def score_records(
     records: Iterable[Mapping], # rollout records: question_id, gold_answer, trajectories
     preset: str | Preset = "platinum-11", # a name in PRESETS, or a preset
-    every_signal: bool = True, # False computes only what the preset's reward needs
+    every_signal: bool = True, # False leaves out the ledger, coherence and lift where the reward needs none of them
+    batch: int = 64, # questions scored at a time
 ) -> Iterator[dict]: # the same records with metrics, and with reward, correct and signals in each trajectory
-    "Score rollout records as a stream, one question in memory at a time."
-    preset = find_preset(preset)
-    for record in records:
-        metrics, scored = score_rollout(record["trajectories"], record["gold_answer"], preset, record["question_id"], every_signal)
-        yield {**record, "metrics": metrics, "trajectories": [{**t, **s} for t, s in zip(record["trajectories"], scored)]}
+    "Score rollout records as a stream, `batch` questions in memory at a time."
+    preset, records = find_preset(preset), iter(records)
+    while chunk := list(itertools.islice(records, batch)):
+        questions = [(r["question_id"], r["trajectories"], r["gold_answer"]) for r in chunk]
+        for record, (metrics, scored) in zip(chunk, _score_batch(questions, preset, every_signal)):
+            yield {**record, "metrics": metrics, "trajectories": [{**t, **s} for t, s in zip(record["trajectories"], scored)]}

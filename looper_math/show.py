@@ -38,14 +38,15 @@ def histograms(df: pd.DataFrame, columns: list[str], # a panel each
         if by: ax.legend(frameon=False, fontsize=8)
     fig.tight_layout()
 
-# %% ../nbs/lib/show.ipynb #f4654bac
+# %% ../nbs/lib/show.ipynb #a16290f3
 def shares(df: pd.DataFrame, # columns name, k, n, low, high
            xlabel: str, title: str):
     "Dots with intervals, one line a row, each labelled k/n."
     fig, ax = plt.subplots(figsize=(6.4, .5 + .34 * len(df)))
     y = np.arange(len(df))[::-1]
     share = df.k / df.n
-    ax.errorbar(share, y, xerr=[share - df.low, df.high - share], fmt="o", capsize=3)
+    arms = np.clip([share - df.low, df.high - share], 0, None)   # at 0 or n of n the bound is the share itself, up to rounding
+    ax.errorbar(share, y, xerr=arms, fmt="o", capsize=3)
     ax.set_yticks(y, [f"{r.name_}  {r.k}/{r.n}" for r in df.rename(columns={"name": "name_"}).itertuples()])
     ax.set(xlabel=xlabel, title=title)
     ax.margins(y=.3 / max(1, len(df)) + .05)

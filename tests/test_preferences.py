@@ -1,0 +1,261 @@
+"What must hold for the pairs of any rollouts, and for the phase that writes them."
+import dataclasses
+import json
+import random
+
+import pytest
+from hypothesis import given, strategies as st
+
+from looper_math import records
+from looper_math.data import build_prompt
+from looper_math.preferences import (CHOICES, PairRules, PreferenceSettings, build_pairs, build_pairs_report, compare_policies,
+                                     inertness_audit, main, open_phase, pair_table, read_rollouts)
+from looper_math.records import RecordError, RunConflict, SettingsError
+from looper_math.regime_w import PRESETS, arms, score_records
+
+ARMS = [a.name for a in arms()]
+PROMPTS = {a.name: build_prompt("Q", a.instruction) for a in arms()}
+FIELDS = ["question_id", "question", "gold_answer", "prompt", "chosen", "rejected", "chosen_reward", "rejected_reward",
+          "chosen_arm", "rejected_arm", "pair_type"]
+
+
+def trajectory(arm, text, reward, finish="stop"):
+    answer = text.split()[-1] if text.strip() else None
+    return dict(arm_name=arm, prompt=PROMPTS[arm], full_text=text, reasoning=text, answer=answer, num_tokens=len(text), finish_reason=finish,
+                correct=answer == "7", reward=reward)
+
+
+TEXTS = st.sampled_from(["3 + 4 = 7", "4 + 3 = 7", "so 7", " so 7 ", "3 + 4 = 8", "3 * 4 = 12", "well 8", "", "perhaps 12"])
+TRAJECTORIES = st.lists(st.builds(trajectory, st.sampled_from(ARMS), TEXTS, st.sampled_from([0., .5, .505, 1., 1.2, 1.5]),
+                                  st.sampled_from(["stop", "stop", "length"])), min_size=1, max_size=11, unique_by=lambda t: t["arm_name"])
+ROLLOUTS = st.lists(TRAJECTORIES, max_size=4).map(
+    lambda sets: [dict(question_id=f"q{i}", question=f"Q{i}?", gold_answer="7", trajectories=t) for i, t in enumerate(sets)])
+RULES = st.fixed_dictionaries(dict(policy=st.sampled_from(CHOICES["policy"]), pairing=st.sampled_from(CHOICES["pairing"]),
+                                   pair_types=st.sampled_from(CHOICES["pair_types"]), prompt=st.sampled_from(CHOICES["prompt"]),
+                                   threshold=st.sampled_from([0., .01, .4]), cap=st.integers(1, 5), seed=st.integers(0, 3)))
+
+
+def sides(rollouts, pair):
+    "The chosen and the rejected trajectory of a pair."
+    record = next(r for r in rollouts if r["question_id"] == pair["question_id"])
+    return [next(t for t in record["trajectories"] if t["arm_name"] == pair[f"{side}_arm"]) for side in ("chosen", "rejected")]
+
+
+@given(ROLLOUTS, RULES)
+def test_every_pair_is_what_it_says(rollouts, rules):
+    for pair in build_pairs(rollouts, **rules):
+        chosen, rejected = sides(rollouts, pair)
+        assert list(pair) == FIELDS
+        assert (pair["chosen"], pair["rejected"]) == (chosen["full_text"], rejected["full_text"])
+        assert (pair["chosen_reward"], pair["rejected_reward"]) == (chosen["reward"], rejected["reward"])
+        assert pair["chosen"].strip() != pair["rejected"].strip()
+        assert chosen["correct"] and chosen["finish_reason"] == "stop"
+        assert rejected["correct"] == (pair["pair_type"] == "coherence")
+        if rejected["correct"]: assert chosen["reward"] - rejected["reward"] > rules["threshold"]
+        if rules["pairing"] == "same-prompt": assert chosen["prompt"] == rejected["prompt"]
+        if rules["pair_types"] != "both": assert pair["pair_type"] == rules["pair_types"]
+        assert pair["prompt"] == (build_prompt(pair["question"]) if rules["prompt"] == "canonical" else chosen["prompt"])
+
+
+@given(ROLLOUTS, RULES)
+def test_no_duplicates_and_the_limits_of_each_policy(rollouts, rules):
+    pairs = build_pairs(rollouts, **rules)
+    keys = [(p["question_id"], p["chosen"].strip(), p["rejected"].strip()) for p in pairs]
+    assert len(set(keys)) == len(keys)
+    for record in rollouts:
+        own = [p for p in pairs if p["question_id"] == record["question_id"]]
+        assert sum(p["pair_type"] == "coherence" for p in own) <= 1
+        if rules["policy"] in ("best-worst", "hard"): assert sum(p["pair_type"] == "correctness" for p in own) <= 1
+        if rules["policy"] == "capped":
+            assert len(own) <= rules["cap"]
+            for side in ("chosen", "rejected"): assert len({p[side].strip() for p in own}) == len(own)
+
+
+@given(ROLLOUTS, RULES, st.randoms())
+def test_order_within_a_record_does_not_matter(rollouts, rules, rng):
+    shuffled = [{**r, "trajectories": rng.sample(r["trajectories"], len(r["trajectories"]))} for r in rollouts]
+    assert build_pairs(shuffled, **rules) == build_pairs(rollouts, **rules)
+
+
+@given(ROLLOUTS, RULES)
+def test_a_question_gives_the_same_pairs_alone_and_in_company(rollouts, rules):
+    assert build_pairs(rollouts, **rules) == [p for r in rollouts for p in build_pairs([r], **rules)]
+
+
+@given(ROLLOUTS)
+def test_all_makes_every_right_over_every_wrong_text(rollouts):
+    expected = set()
+    for r in rollouts:
+        right = {t["full_text"].strip() for t in r["trajectories"] if t["correct"] and t["finish_reason"] == "stop"}
+        wrong = {t["full_text"].strip() for t in r["trajectories"] if not t["correct"]}
+        expected |= {(r["question_id"], c, w) for c in right for w in wrong}
+    made = build_pairs(rollouts, pair_types="correctness")
+    assert {(p["question_id"], p["chosen"].strip(), p["rejected"].strip()) for p in made} == expected and len(made) == len(expected)
+
+
+@given(ROLLOUTS, RULES)
+def test_the_account_adds_up(rollouts, rules):
+    pairs, report = build_pairs_report(rollouts, **rules)
+    assert report["correctness"] + report["coherence"] == len(pairs)
+    assert report["questions"] == len(rollouts)
+    assert report["questions_with_pairs"] == len({p["question_id"] for p in pairs})
+    everything = build_pairs_report(rollouts, **{**rules, "policy": "all"})[1]
+    assert everything["correctness"] == report["correctness"] + report["dropped_left_by_policy"]
+    assert everything["dropped_left_by_policy"] == 0
+    assert report["dropped_cut_off"] == sum(t["correct"] and t["finish_reason"] == "length" for r in rollouts for t in r["trajectories"])
+
+
+def record(*trajectories): return [dict(question_id="q", question="Q?", gold_answer="7", trajectories=list(trajectories))]
+
+
+def test_coherence_is_best_over_worst():
+    rollouts = record(trajectory(ARMS[0], "a 7", 1.2), trajectory(ARMS[1], "b 7", 1.9), trajectory(ARMS[2], "c 7", 1.5), trajectory(ARMS[3], "d 7", 1.0))
+    pair, = build_pairs(rollouts)
+    assert (pair["chosen"], pair["rejected"]) == ("b 7", "d 7")
+    assert build_pairs(rollouts, threshold=.9) == []
+
+
+def test_equal_rewards_make_no_coherence_pair():
+    assert build_pairs(record(*(trajectory(a, f"{a} 7", 1.7) for a in ARMS)), threshold=0) == []
+
+
+def test_hard_takes_the_common_mistake_and_the_closest_wording():
+    rollouts = record(trajectory(ARMS[0], "three and four make 7", 1.), trajectory(ARMS[1], "add them up : 7", 1.), trajectory(ARMS[2], "three and four make 8", 0.),
+                      trajectory(ARMS[3], "surely 8", 0.), trajectory(ARMS[4], "add them up : 12", 0.), trajectory(ARMS[5], "", 0.))
+    pair, = build_pairs(rollouts, "hard")
+    assert (pair["chosen"], pair["rejected"]) == ("three and four make 7", "three and four make 8")
+
+
+def test_nothing_to_pair():
+    assert build_pairs([]) == []
+    assert build_pairs(record(trajectory(ARMS[0], "a 7", 1.))) == []
+    assert build_pairs(record(trajectory(ARMS[0], "a 8", 0.), trajectory(ARMS[1], "b 9", 0.))) == []
+
+
+@pytest.mark.parametrize("bad", [dict(policy="everything"), dict(policy="best_worst"), dict(cap=0), dict(threshold=-.1), dict(pairing="same"),
+                                 dict(pair_types="all"), dict(prompt="native"), dict(template="Solve it.")])
+def test_bad_rules_are_refused(bad):
+    with pytest.raises(ValueError): build_pairs([], **bad)
+
+
+def test_unscored_trajectories_are_refused():
+    t = trajectory(ARMS[0], "a 7", 1.)
+    del t["reward"]
+    with pytest.raises(ValueError, match="question 'q', trajectory 0 .*'reward' is missing"): build_pairs(record(t))
+
+
+def raw_rollouts(n, seed=0):
+    "Unscored records in which half of the texts are wrong and lengths differ."
+    rng = random.Random(seed)
+    made = []
+    for k in range(n):
+        trajectories = []
+        for arm in ARMS:
+            total = 7 if rng.random() < .6 else rng.choice([8, 12])
+            text = " ".join(rng.choices("so we add three and four apples then".split(), k=rng.randint(3, 12))) + f" 3 + 4 = {total}"
+            trajectories.append(dict(arm_name=arm, prompt=PROMPTS[arm], full_text=f"{text}\nAnswer: {total}", reasoning=text, answer=str(total),
+                                     answer_strict=str(total), num_tokens=rng.randint(400, 700), finish_reason="stop", seed=1))
+        made.append(dict(question_id=f"{k:016x}", question=f"Question {k}?", gold_answer="7", trajectories=trajectories))
+    return made
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("policy", CHOICES["policy"])
+def test_terms_of_the_set_are_always_inert(preset, policy):
+    audit = inertness_audit(raw_rollouts(12), preset, policy=policy)
+    assert set(audit.index) == {t for t in ("correct", "s_wm", "quality", "agreement", "coherence", "lift", "excess_tokens") if getattr(PRESETS[preset].weights, t)}
+    for term in {"s_wm", "agreement"} & set(audit.index):
+        assert audit.gone[term] == audit.new[term] == audit.swapped[term] == 0
+        assert audit.sentence[term].startswith(f"{term} cannot change any pair in this preset")
+
+
+def test_the_audit_counts_what_quality_does():
+    rollouts = raw_rollouts(40)
+    preset = PRESETS["platinum-11"]
+    without = dataclasses.replace(preset, name="none", weights=dataclasses.replace(preset.weights, quality=0.0))
+    before, after = ({(p["question_id"], p["chosen"], p["rejected"]) for p in build_pairs(score_records(rollouts, s))} for s in (preset, without))
+    row = inertness_audit(rollouts, preset).loc["quality"]
+    assert (row.pairs, row.gone, row.new) == (len(before), len(before - after), len(after - before)) and row.gone > 0
+    assert row.swapped == len({(q, r, c) for q, c, r in before} & after)
+
+
+def test_comparison_of_policies_agrees_with_the_pairs():
+    scored = list(score_records(raw_rollouts(15)))
+    summary, per_question = compare_policies(scored, cap=2)
+    for policy in CHOICES["policy"]:
+        pairs = build_pairs(scored, policy, cap=2)
+        assert summary.loc[policy, ["correctness", "coherence"]].sum() == len(pairs) == per_question[per_question.policy == policy].pairs.sum()
+
+
+@pytest.fixture
+def phase(tmp_path, monkeypatch):
+    "Settings of a run in a project of its own, its rollouts written."
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    s = PreferenceSettings(run="r", rollouts="", preset="platinum-11", policy="capped")
+    folder = tmp_path/"outputs"/"r"/"02_rollouts"
+    folder.mkdir(parents=True)
+    with records.RecordWriter(folder/"rollouts.jsonl") as writer: writer.append(list(score_records(raw_rollouts(20))))
+    return s
+
+
+def files(s): return {p: p.read_bytes() for p in s.path.parent.glob("*")} if s.path.parent.exists() else {}
+
+
+def test_the_phase_writes_pairs_and_a_manifest_once(phase):
+    pairs = main(phase)
+    assert pairs == records.read_records(phase.path) == build_pairs(read_rollouts(phase.rollouts), **phase.rules)
+    counts = open_phase(phase).manifest["counts"]
+    assert counts["correctness"] + counts["coherence"] == len(pairs)
+    before = files(phase)
+    assert main(phase) == pairs and files(phase) == before
+    assert len(pair_table(pairs, read_rollouts(phase.rollouts))) == len(pairs)
+
+
+def test_another_preset_scores_the_same_rollouts_anew(phase):
+    other = main(dataclasses.replace(phase, preset="leave-one-out"))
+    assert other == build_pairs(score_records(read_rollouts(phase.rollouts), "leave-one-out"), **phase.rules)
+    assert other != build_pairs(read_rollouts(phase.rollouts), **phase.rules)
+
+
+def test_another_configuration_is_refused_and_nothing_changes(phase):
+    main(phase)
+    before = files(phase)
+    with pytest.raises(RunConflict, match="cap"): main(dataclasses.replace(phase, cap=2))
+    assert files(phase) == before
+
+
+BROKEN = {
+    "no trajectories": (lambda r: r | {"trajectories": []}, "line 2.*'trajectories' is empty"),
+    "no question": (lambda r: {k: v for k, v in r.items() if k != "question"}, "line 2.*'question' is missing"),
+    "no text": (lambda r: r | {"trajectories": [{k: v for k, v in r["trajectories"][0].items() if k != "full_text"}]}, "line 2, trajectory 0.*'full_text' is missing"),
+    "tokens as text": (lambda r: r | {"trajectories": [r["trajectories"][0], r["trajectories"][1] | {"num_tokens": "12"}]}, "line 2, trajectory 1.*'num_tokens' must be int"),
+    "answer as number": (lambda r: r | {"trajectories": [r["trajectories"][0] | {"answer": 7}]}, "line 2.*'answer' must be text or null"),
+    "no object": (lambda r: r | {"trajectories": ["3 + 4 = 7"]}, "line 2, trajectory 0: expected an object"),
+    "twice": (lambda r: r | {"question_id": f"{0:016x}"}, "line 2.*already in line 1"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_bad_record_is_named_and_nothing_is_written(phase, name):
+    change, message = BROKEN[name]
+    first, second = raw_rollouts(2)
+    path = records.resolve(phase.rollouts)
+    path.write_text("".join(json.dumps(r) + "\n" for r in (first, change(second))))
+    with pytest.raises(RecordError, match=message): main(phase)
+    assert not files(phase)
+
+
+def test_missing_rollouts_and_no_pairs(phase):
+    path = records.resolve(phase.rollouts)
+    same = [r | {"trajectories": r["trajectories"][:1]} for r in raw_rollouts(3)]
+    path.write_text("".join(json.dumps(r) + "\n" for r in same))
+    with pytest.raises(RecordError, match="no pair can be made"): main(phase)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="rollouts.jsonl.*run the phase that writes it"): main(phase)
+    assert not files(phase)
+
+
+def test_bad_settings():
+    with pytest.raises(SettingsError, match="did you mean 'capped'"): PreferenceSettings(run="r", rollouts="", preset="platinum-11", policy="caped")
+    with pytest.raises(ValueError, match="platinum-11"): PreferenceSettings(run="r", rollouts="", preset="platinum11")
+    with pytest.raises(SettingsError): PreferenceSettings(run="../r", rollouts="", preset="platinum-11")
