@@ -43,45 +43,62 @@ def generated(questions, seed=0):
         yield dict(question_id=f"q{q}", gold_answer=str(gold), trajectories=trajectories)
 
 
-def plain_score(record, weights):
-    "platinum-11 as one would first write it: sets of words, loops over all pairs."
-    ts = record["trajectories"]
-    n, gold = len(ts), parse_answer(record["gold_answer"])
-    answers = [parse_answer(t["answer"]) for t in ts]
-    tokens = [re.findall(r"\w+", t["reasoning"].lower()) for t in ts]
-    bags, lengths = [set(w) for w in tokens], [len(w) for w in tokens]
-    place = {t["arm_name"]: i for i, t in enumerate(ts)}
+def plain_words(trajectories):
+    "Words of each trajectory, and their sets."
+    tokens = [re.findall(r"\w+", t["reasoning"].lower()) for t in trajectories]
+    return tokens, [set(w) for w in tokens]
+
+
+def plain_jaccard(a, b): return len(a & b) / len(a | b) if a | b else 0.0
+
+
+def plain_metrics(trajectories, answers, bags, tokens, weights):
+    "Metrics of platinum-11 as one would first write them: loops over all pairs."
+    n, lengths = len(trajectories), [len(w) for w in tokens]
+    place = {t["arm_name"]: i for i, t in enumerate(trajectories)}
     a, a_prime, cf1 = (place.get(name) for name in ("wolfram_standard", "wolfram_rephrase", "maudlin_cf1"))
 
     def same(i, j): return answers[i] is not None and answers[i] == answers[j]
-    def jaccard(i, j): return len(bags[i] & bags[j]) / len(bags[i] | bags[j]) if bags[i] | bags[j] else 0.0
 
     pairs = list(itertools.combinations(range(n), 2))
     end = sum(same(i, j) for i, j in pairs) / len(pairs)
     mean = sum(lengths) / n
     steady = 1 / (1 + sum((x - mean) ** 2 for x in lengths) / n / mean)
-    alike = sum(jaccard(i, j) for i, j in pairs) / len(pairs)
+    alike = sum(plain_jaccard(bags[i], bags[j]) for i, j in pairs) / len(pairs)
     if a is not None and a_prime is not None:
-        alike = (1 - weights.paraphrase) * alike + weights.paraphrase * jaccard(a, a_prime)
+        alike = (1 - weights.paraphrase) * alike + weights.paraphrase * plain_jaccard(bags[a], bags[a_prime])
     path = weights.length * steady + weights.overlap * alike
-    cf = (max(sum(same(i, j) for j in range(n) if j != i) for i in range(n))) / (n - 1)
+    cf = max(sum(same(i, j) for j in range(n) if j != i) for i in range(n)) / (n - 1)
     probes = [i for i in (a, a_prime) if i is not None]
     probe = sum(same(i, cf1) for i in probes) / len(probes) if probes and cf1 is not None else None
-    wm = weights.end * end + weights.path * path + weights.cf * cf
+    return dict(s_end=end, s_path=path, s_cf=cf, s_probe=probe, s_wm=weights.end * end + weights.path * path + weights.cf * cf)
 
+
+def plain_rewards(trajectories, answers, gold, bags, metrics, weights):
+    "Rewards of platinum-11 in the same manner."
     correct = [x is not None and x == gold for x in answers]
-    sizes = [t["num_tokens"] for t, c in zip(ts, correct) if c]
+    sizes = [t["num_tokens"] for t, c in zip(trajectories, correct) if c]
     rewards = []
-    for i, t in enumerate(ts):
+    for i, t in enumerate(trajectories):
         quality = 0.0
         if correct[i]:
             low, high = min(sizes), max(sizes)
             short = (high - t["num_tokens"]) / (high - low) if high > low else 0.5
-            near = [jaccard(i, p) for p in probes if p != i and correct[p]]
+            near = [plain_jaccard(bags[i], bags[p]) for p, other in enumerate(trajectories)
+                    if p != i and correct[p] and other["arm_name"] in ("wolfram_standard", "wolfram_rephrase")]
             quality = weights.conciseness * short + weights.alignment * max(near) if near else short
-        rewards.append(weights.correct * correct[i] + weights.s_wm * wm + weights.quality * quality + weights.agreement * all(correct)
+        rewards.append(weights.correct * correct[i] + weights.s_wm * metrics["s_wm"] + weights.quality * quality + weights.agreement * all(correct)
                        + weights.excess_tokens * max(0, t["num_tokens"] - weights.free_tokens))
-    return dict(s_end=end, s_path=path, s_cf=cf, s_probe=probe, s_wm=wm), rewards
+    return rewards
+
+
+def plain_score(record, weights):
+    "Metrics and rewards of one question. Words are cut and sets built once, so that only the manner of scoring is compared."
+    trajectories = record["trajectories"]
+    answers = [parse_answer(t["answer"]) for t in trajectories]
+    tokens, bags = plain_words(trajectories)
+    metrics = plain_metrics(trajectories, answers, bags, tokens, weights)
+    return metrics, plain_rewards(trajectories, answers, parse_answer(record["gold_answer"]), bags, metrics, weights)
 
 
 def check(record, fast, slow):

@@ -6,7 +6,7 @@
 __all__ = ['LOSSES', 'PAIR', 'DPOSettings', 'load_pairs', 'loss_arguments', 'make_trainer', 'step_zero', 'open_phase', 'main',
            'displacement']
 
-# %% ../nbs/04_dpo.ipynb #70cbf281
+# %% ../nbs/04_dpo.ipynb #593d07f9
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +16,10 @@ from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
 from . import models, runs, show, training
-from .records import Phase, RecordError, existing, read_records, require, run_folder, settings
+from .records import Phase, RecordError, existing, read_records, require, resolve, run_folder, settings
 from .training import TrainingSettings
 
-# %% ../nbs/04_dpo.ipynb #91728a78
+# %% ../nbs/04_dpo.ipynb #eddc7218
 LOSSES = ("sigmoid", "sigmoid_norm", "ipo", "hinge")
 
 @dataclass
@@ -38,8 +38,8 @@ class DPOSettings(TrainingSettings):
         require(self.beta > 0, f"beta must be above 0, got {self.beta}")
         require(self.nll_weight >= 0, f"nll_weight must be 0 or more, got {self.nll_weight}")
         require(self.loss in LOSSES, f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
-        self.adapter = self.adapter or str(run_folder(self.run)/"01_sft"/"adapter")
-        self.pairs = self.pairs or str(run_folder(self.run)/"03_preferences"/"pairs.jsonl")
+        self.adapter = self.adapter or f"outputs/{self.run}/01_sft/adapter"
+        self.pairs = self.pairs or f"outputs/{self.run}/03_preferences/pairs.jsonl"
 
     @property
     def folder(self) -> Path: return run_folder(self.run)/"04_dpo"
@@ -47,12 +47,12 @@ class DPOSettings(TrainingSettings):
     @property
     def trained(self) -> Path: return self.folder/"adapter"
 
-# %% ../nbs/04_dpo.ipynb #29c868ba
+# %% ../nbs/04_dpo.ipynb #db314366
 PAIR = {"question_id": str, "prompt": str, "chosen": str, "rejected": str, "pair_type": str}
 
 def load_pairs(s: DPOSettings) -> Dataset: # columns prompt, chosen, rejected
     "The preference pairs; raises `RecordError` when a line is bad or there are fewer than `min_pairs`."
-    found = read_records(s.pairs, PAIR)
+    found = read_records(resolve(s.pairs), PAIR)
     if len(found) < s.min_pairs:
         raise RecordError(f"{s.pairs}: {len(found)} pairs, and min_pairs asks for {s.min_pairs}; make more rollouts, or take another pair policy")
     return Dataset.from_list([{k: r[k] for k in ("prompt", "chosen", "rejected")} for r in found])
@@ -69,7 +69,7 @@ def make_trainer(s: DPOSettings, rows: Dataset) -> DPOTrainer:
     config = DPOConfig(**arguments, beta=s.beta, **loss_arguments(s.loss, s.nll_weight), precompute_ref_log_probs=s.precompute_reference, per_device_eval_batch_size=s.batch_size)
     return DPOTrainer(model, args=config, train_dataset=rows, processing_class=models.load_tokenizer(s.base))
 
-# %% ../nbs/04_dpo.ipynb #050e9588
+# %% ../nbs/04_dpo.ipynb #576e2869
 def step_zero(trainer: DPOTrainer, rows: Dataset) -> dict[str, float]: # preference loss and implicit rewards before the first update
     "Measure the preference loss alone on some pairs; raises `RuntimeError` unless the policy equals the reference."
     weights = trainer.loss_weights
@@ -77,14 +77,14 @@ def step_zero(trainer: DPOTrainer, rows: Dataset) -> dict[str, float]: # prefere
     found = trainer.evaluate(rows.select(range(min(64, len(rows)))))
     trainer.loss_weights = weights
     rewards = {k: found[f"eval_rewards/{k}"] for k in ("chosen", "rejected")}
-    if max(map(abs, rewards.values())) > 1e-3: raise RuntimeError(f"rewards at step 0 are {rewards}, not 0: the reference is not base + {trainer.model.peft_config['default'].base_model_name_or_path} adapter")
+    if max(map(abs, rewards.values())) > 1e-3: raise RuntimeError(f"rewards at step 0 are {rewards}, not 0: the reference is not base + SFT adapter")
     if trainer.loss_types[0].startswith("sigmoid") and abs(found["eval_loss"] - math.log(2)) > 1e-3: raise RuntimeError(f"the loss at step 0 is {found['eval_loss']}, not ln 2")
     return {"loss": found["eval_loss"], **{f"reward of {k}": v for k, v in rewards.items()}}
 
-# %% ../nbs/04_dpo.ipynb #7436ce12
+# %% ../nbs/04_dpo.ipynb #ccbe332d
 def open_phase(s: DPOSettings) -> Phase:
     "Phase 4 of the run; refuses a folder that another configuration made."
-    return Phase("04_dpo", s, existing(base=s.base) | {"adapter": Path(s.adapter), "pairs": Path(s.pairs)}, machine=(*training.MACHINE, "adapter", "pairs"))
+    return Phase("04_dpo", s, existing(base=s.base) | {"adapter": resolve(s.adapter), "pairs": resolve(s.pairs)}, machine=(*training.MACHINE, "adapter", "pairs"))
 
 def main(s: DPOSettings):
     "Train the DPO adapter of a run, or find it finished."

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['Request', 'Completion', 'uniforms', 'choose', 'end_tokens', 'generate_transformers', 'choose_engine', 'opened']
 
-# %% ../nbs/lib/engines.ipynb #a12f73a3
+# %% ../nbs/lib/engines.ipynb #50a97bea
 import importlib.util, os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -154,7 +155,7 @@ def _decode(model, ids: list[list[int]], requests: list[Request], pad: int, ends
         logits = out_step.logits[:, -1]
     return out.cpu()
 
-# %% ../nbs/lib/engines.ipynb #b97e67e3
+# %% ../nbs/lib/engines.ipynb #8c8c1772
 def end_tokens(model, tokenizer) -> list[int]: # token ids
     "Every token that ends a completion, by the tokenizer and by the model's generation settings."
     ends = model.generation_config.eos_token_id
@@ -168,6 +169,17 @@ def _completion(request: Request, row: list[int], ends: list[int], tokenizer) ->
     text = tokenizer.decode(tokens[:-1] if stopped else tokens, skip_special_tokens=True)
     return Completion(request.id, text, len(tokens), "stop" if stopped else "length")
 
+@contextmanager
+def _cores(model) -> Iterator[int]:
+    "How many batches to work on at once: one a core on a processor, each computed on a single core; one on a GPU."
+    if model.device.type != "cpu":
+        yield 1
+        return
+    cores = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: yield cores
+    finally: torch.set_num_threads(cores)
+
 def generate_transformers(requests: list[Request], # any mix of prompts and sampling settings
                           model,                   # a causal language model in eval mode
                           tokenizer,               # its tokenizer
@@ -178,11 +190,12 @@ def generate_transformers(requests: list[Request], # any mix of prompts and samp
     order = sorted(range(len(requests)), key=lambda i: (-len(ids[i]), requests[i].id))
     ends = end_tokens(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+    decode = lambda batch: _decode(model, [ids[i] for i in batch], [requests[i] for i in batch], pad, torch.tensor(ends, device=model.device))
+    batches = [order[start:start + batch_size] for start in range(0, len(order), batch_size)]
     done: list = [None] * len(requests)
-    for start in range(0, len(order), batch_size):
-        batch = order[start:start + batch_size]
-        rows = _decode(model, [ids[i] for i in batch], [requests[i] for i in batch], pad, torch.tensor(ends, device=model.device))
-        for i, row in zip(batch, rows.tolist()): done[i] = _completion(requests[i], row, ends, tokenizer)
+    with _cores(model) as cores, ThreadPoolExecutor(cores) as pool:
+        for batch, rows in zip(batches, pool.map(decode, batches)):
+            for i, row in zip(batch, rows.tolist()): done[i] = _completion(requests[i], row, ends, tokenizer)
     return done
 
 # %% ../nbs/lib/engines.ipynb #3f25b9e5

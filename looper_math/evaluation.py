@@ -6,7 +6,7 @@
 __all__ = ['PAIRS', 'EvalSettings', 'row', 'answer_all', 'plan', 'path_of', 'open_phase', 'compare', 'results', 'main', 'ladder',
            'warning_of_sft', 'sides']
 
-# %% ../nbs/05_eval.ipynb #4337d4ac
+# %% ../nbs/05_eval.ipynb #234fe3d2
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,11 +15,11 @@ from tqdm.auto import tqdm
 
 from . import engines, models, regime_w, show
 from .answers import extract_answer, format_answer, same_answer
-from .data import build_prompt, load_questions
-from .records import Phase, RecordWriter, existing, read_records, require, run_folder, settings
+from .data import build_prompt, check_disjoint, load_questions
+from .records import Phase, RecordWriter, existing, read_records, require, resolve, run_folder, settings
 from .stats import paired, wilson
 
-# %% ../nbs/05_eval.ipynb #5169ebe0
+# %% ../nbs/05_eval.ipynb #1b6d09aa
 @dataclass
 class EvalSettings:
     "Parameters of phase 5; raises `SettingsError` on a value out of range."
@@ -31,6 +31,8 @@ class EvalSettings:
     dpo_adapter: str
     questions: str
     harder: str
+    train: str
+    practice: str
     limit: int
     max_new_tokens: int
     engine: str
@@ -41,8 +43,8 @@ class EvalSettings:
     def __post_init__(self):
         for name in ("max_new_tokens", "batch_size", "chunk"): require(getattr(self, name) > 0, f"{name} must be above 0, got {getattr(self, name)}")
         require(self.limit >= 0, f"limit must be 0 or more, got {self.limit}")
-        self.sft_adapter = self.sft_adapter or str(run_folder(self.run)/"01_sft"/"adapter")
-        self.dpo_adapter = self.dpo_adapter or str(run_folder(self.run)/"04_dpo"/"adapter")
+        self.sft_adapter = self.sft_adapter or f"outputs/{self.run}/01_sft/adapter"
+        self.dpo_adapter = self.dpo_adapter or f"outputs/{self.run}/04_dpo/adapter"
 
     @property
     def folder(self) -> Path: return run_folder(self.run)/"05_eval"
@@ -76,7 +78,7 @@ def answer_all(s: EvalSettings, generate, questions: list[dict], template: str, 
             completions = generate(_requests(chunk, template, s.max_new_tokens))
             writer.append([row(q, c, model, style) for q, c in zip(chunk, completions) if q["question_id"] not in done])
 
-# %% ../nbs/05_eval.ipynb #7449447f
+# %% ../nbs/05_eval.ipynb #803e200f
 def plan(s: EvalSettings) -> list[tuple[str, str, str, str]]: # set, model, prompt style, template
     "Every file of the phase: each model under the training prompt, the base also under its own."
     styles = [(m, "training", s.template) for m in s.adapters] + ([("base", "native", s.native_template)] if s.native_template else [])
@@ -88,8 +90,8 @@ def path_of(s: EvalSettings, name: str, model: str, style: str = "training") -> 
 
 def open_phase(s: EvalSettings) -> Phase:
     "Phase 5 of the run; refuses a folder that another configuration made."
-    adapters = {f"{m}_adapter": Path(a) for m, a in s.adapters.items() if a}
-    return Phase("05_eval", s, existing(base=s.base, questions=s.questions, harder=s.harder) | adapters, machine=("sft_adapter", "dpo_adapter"))
+    adapters = {f"{m}_adapter": resolve(a) for m, a in s.adapters.items() if a}
+    return Phase("05_eval", s, existing(base=s.base, questions=s.questions, harder=s.harder, train=s.train, practice=s.practice) | adapters, machine=("sft_adapter", "dpo_adapter"))
 
 # %% ../nbs/05_eval.ipynb #e9ec843d
 def compare(rows_a: pd.DataFrame, rows_b: pd.DataFrame): # a `stats.Paired`
@@ -107,12 +109,14 @@ def results(s: EvalSettings, name: str) -> dict:
     return {"models": {m: {"correct": int(r.correct.sum()), "n": len(r), "correct_strict": int(r.correct_strict.sum()), "cut_off": int((r.finish_reason == "length").sum())} for m, r in rows.items()},
             "paired": {k: {"gained": t.gained, "lost": t.lost, "p": t.p} for k, t in tests.items()}}
 
-# %% ../nbs/05_eval.ipynb #c48cf2dd
+# %% ../nbs/05_eval.ipynb #c65ecbfd
 def main(s: EvalSettings) -> dict: # the manifest
     "Evaluate every model of a run, from where it was left; does nothing when it is done."
     phase = open_phase(s)
     if phase.manifest: return phase.manifest
     sets = {name: load_questions(path, limit=s.limit or None) for name, path in s.sets.items()}
+    for used in (s.train, s.practice):
+        for name, questions in sets.items(): check_disjoint(load_questions(used), questions, used, s.sets[name])
     phase.begin()
     for model, adapter in s.adapters.items():
         with engines.opened(s.engine, s.base, adapter, s.dtype, s.batch_size) as generate:

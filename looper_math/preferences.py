@@ -46,7 +46,7 @@ class PairRules:
         require(self.cap >= 1, f"cap must be at least 1, got {self.cap}")
         build_prompt("", template=self.template)
 
-# %% ../nbs/03_preferences.ipynb #6eb5adaa
+# %% ../nbs/03_preferences.ipynb #b2225e02
 @dataclass(kw_only=True)
 class PreferenceSettings(PairRules):
     "Parameters of phase 3; raises `SettingsError` on a value out of range."
@@ -57,7 +57,7 @@ class PreferenceSettings(PairRules):
     def __post_init__(self):
         super().__post_init__()
         find_preset(self.preset)
-        self.rollouts = self.rollouts or str(run_folder(self.run)/"02_rollouts"/"rollouts.jsonl")
+        self.rollouts = self.rollouts or f"outputs/{self.run}/02_rollouts/rollouts.jsonl"
 
     @property
     def path(self) -> Path: return run_folder(self.run)/"03_preferences"/"pairs.jsonl"
@@ -272,7 +272,7 @@ def _check_trajectory(t, where: str):
         if not isinstance(t[name], kind) or isinstance(t[name], bool):
             raise RecordError(f"{where}: field {name!r} must be {getattr(kind, '__name__', 'text or null')}, got {t[name]!r:.60}")
 
-# %% ../nbs/03_preferences.ipynb #972784a5
+# %% ../nbs/03_preferences.ipynb #8f39d99a
 def open_phase(s: PreferenceSettings) -> Phase:
     "Phase 3 of the run; refuses a folder that another configuration made."
     return Phase("03_preferences", s, existing(rollouts=s.rollouts), machine=("rollouts",))
@@ -281,7 +281,7 @@ def main(s: PreferenceSettings) -> list[dict]: # the pairs, as written to `s.pat
     "Build the pairs of a run, or read those that are there; raises `RecordError` when no pair can be made."
     phase = open_phase(s)
     if phase.manifest: return read_records(s.path)
-    rollouts = read_rollouts(s.rollouts)
+    rollouts = read_rollouts(resolve(s.rollouts))
     scored = tqdm(score_records(rollouts, s.preset), total=len(rollouts), desc="pairs", unit="question")
     pairs, report = build_pairs_report(scored, **s.rules)
     if not pairs: raise RecordError(f"{s.rollouts}: no pair can be made ({', '.join(f'{k} {v}' for k, v in report.items())}); make more rollouts, or relax pairing, pair_types or threshold")

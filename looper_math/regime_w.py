@@ -7,8 +7,9 @@ __all__ = ['STYLES', 'CANONICAL', 'ARM_SETS', 'REWARD_TERMS', 'PRESETS', 'Arm', 
            'equations', 'ledger', 'Weights', 'Preset', 'find_preset', 'score_question', 'reward', 'score_rollout',
            'score_records']
 
-# %% ../nbs/00_regime_w.ipynb #d345f3d2
+# %% ../nbs/00_regime_w.ipynb #d2d16416
 import difflib, hashlib, itertools, re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from decimal import Decimal
@@ -113,12 +114,14 @@ def _words(text: str) -> list[bytes]:
     if text.isascii(): return text.encode().translate(_ASCII_WORDS).split()
     return text.lower().translate(_UNICODE_WORDS).encode().split()
 
-# %% ../nbs/00_regime_w.ipynb #cc227fdc
-def _common_words(texts: list[set]) -> np.ndarray:
-    "(n, n) sizes of the intersections of n word sets, their own sizes on the diagonal."
-    vocabulary = list(set().union(*texts))
-    incidence = np.frombuffer(b"".join([bytes(map(t.__contains__, vocabulary)) for t in texts]), np.uint8)
-    incidence = incidence.reshape(len(texts), -1).astype(np.float32)
+# %% ../nbs/00_regime_w.ipynb #9c41186b
+def _common_words(texts: list[list]) -> np.ndarray:
+    "(n, n) numbers of different words that two of n texts share, a text's own number on the diagonal."
+    column = defaultdict(itertools.count().__next__) # a new word takes the next column
+    rows = np.repeat(np.arange(len(texts)), [len(t) for t in texts])
+    columns = np.fromiter(map(column.__getitem__, itertools.chain.from_iterable(texts)), np.intp, len(rows))
+    incidence = np.zeros((len(texts), len(column)), np.float32)
+    incidence[rows, columns] = 1
     return incidence @ incidence.T
 
 def _jaccard(common: np.ndarray) -> np.ndarray:
@@ -229,7 +232,7 @@ def _evaluate(side: str, percent: Fraction) -> Fraction | int:
     while waiting: _apply(waiting.pop(), values)
     return values[0]
 
-# %% ../nbs/00_regime_w.ipynb #2750b8ce
+# %% ../nbs/00_regime_w.ipynb #97f011a1
 _DECIMAL = re.compile(r"[0-9]*\.[0-9]{2,12}(?![0-9])")
 _TIGHT = re.compile(r"(?<=/ )([0-9]+/[0-9]+)")
 
@@ -240,10 +243,10 @@ def _simple_fraction(m: re.Match) -> str:
     return f"({near})" if 0 < abs(near - value) < unit else m[0]
 
 def _close(left: str, right: str, percent: Fraction) -> bool:
-    "Equality of two sides up to the decimals that a lone number shows and to the dust of floating point."
+    "Equality of two sides up to the decimals that a lone number shows; between decimals also up to the dust of floating point."
     a, b = _evaluate(left, percent), _evaluate(right, percent)
     if a == b: return True
-    slack = Fraction(abs(a), 10**9)
+    slack = abs(a) * Fraction(1, 10**12) if "." in left + right else 0
     for side in filter(_is_number, (left, right)):
         decimals = len(side.partition(".")[2].rstrip(")_% "))
         if decimals: slack = max(slack, Fraction(1, 10**decimals) * (percent if "%" in side else 1))
@@ -306,7 +309,7 @@ class _Sets:
     lengths: np.ndarray # (Q, n), words
     roles: dict[str, np.ndarray] # probe role → (Q, n), 1 where the trajectory comes from such an arm
 
-# %% ../nbs/00_regime_w.ipynb #dad6210a
+# %% ../nbs/00_regime_w.ipynb #33cb7d6d
 def _read_sets(questions: list[tuple[str, list]]) -> _Sets:
     "Encode (name, trajectories) of Q questions. Raises ValueError for a question without trajectories and for a missing field."
     shape = len(questions), max((len(ts) for _, ts in questions), default=0)
@@ -325,7 +328,7 @@ def _read_sets(questions: list[tuple[str, list]]) -> _Sets:
         answers.append([value[a] for a in raw])
         codes[q, :n], present[q, :n] = [code[a] for a in raw], 1
         words = [_words(t) for t in texts[q]]
-        lengths[q, :n], common[q, :n, :n] = [len(w) for w in words], _common_words([set(w) for w in words])
+        lengths[q, :n], common[q, :n, :n] = [len(w) for w in words], _common_words(words)
         for i, arm in enumerate(_column(trajectories, "arm_name", name)):
             if arm in _ROLES: roles[_ROLES[arm]][q, i] = 1
     answered = (codes > 0).astype(float)
@@ -516,13 +519,13 @@ def _lift(s: _Sets, preset: Preset, shares: np.ndarray, s_wm: np.ndarray) -> np.
     lift = s_wm[:, None] - _metrics(s, _without_each(s), preset, shares)["s_wm"]
     return np.where(s.present.sum(-1, keepdims=True) > 1, lift, np.nan)
 
-# %% ../nbs/00_regime_w.ipynb #a08ed77e
+# %% ../nbs/00_regime_w.ipynb #9ab52e01
 def reward(
     signals: Mapping[str, float | None], # the reward terms of a trajectory, by name
     weights: Weights = Weights(), # by the same names
 ) -> float:
     "Sum of weight × signal over `REWARD_TERMS`; a signal without a value adds nothing."
-    return sum(getattr(weights, term) * (signals[term] or 0) for term in REWARD_TERMS)
+    return sum(getattr(weights, term) * (signals.get(term) or 0) for term in REWARD_TERMS)
 
 # %% ../nbs/00_regime_w.ipynb #e917cfab
 def _signals(s: _Sets, golds: list[Fraction], tokens: np.ndarray, preset: Preset, every_signal: bool) -> tuple[dict, dict]:

@@ -6,7 +6,7 @@
 __all__ = ['RolloutSettings', 'requests_for', 'trajectory', 'record', 'collect', 'open_phase', 'gather', 'main', 'run_phase',
            'table', 'by_arm']
 
-# %% ../nbs/02_rollouts.ipynb #260ccef1
+# %% ../nbs/02_rollouts.ipynb #3b55394f
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +17,10 @@ from tqdm.auto import tqdm
 from . import engines, models, regime_w, runs, show
 from .answers import extract_answer, format_answer, same_answer, split_reasoning
 from .data import build_prompt, load_questions
-from .records import Phase, RecordError, RecordWriter, existing, read_records, require, run_folder, settings
+from .records import Phase, RecordError, RecordWriter, existing, read_records, require, resolve, run_folder, settings
 from .stats import wilson
 
-# %% ../nbs/02_rollouts.ipynb #a0ba7a5c
+# %% ../nbs/02_rollouts.ipynb #61119424
 @dataclass
 class RolloutSettings:
     "Parameters of phase 2; raises `SettingsError` on a value out of range."
@@ -43,7 +43,7 @@ class RolloutSettings:
         for name in ("max_new_tokens", "batch_size", "chunk"): require(getattr(self, name) > 0, f"{name} must be above 0, got {getattr(self, name)}")
         require(self.limit >= 0 and self.n_gpu >= 0, f"limit and n_gpu must be 0 or more, got {self.limit} and {self.n_gpu}")
         regime_w.arms(self.arm_set)
-        self.adapter = self.adapter or str(run_folder(self.run)/"01_sft"/"adapter")
+        self.adapter = self.adapter or f"outputs/{self.run}/01_sft/adapter"
 
     @property
     def folder(self) -> Path: return run_folder(self.run)/"02_rollouts"
@@ -96,10 +96,10 @@ def collect(s: RolloutSettings,
             bar.update(len(missing))
             bar.set_postfix_str(f"{trajectories / bar.format_dict['elapsed']:.0f} trajectories/s, {tokens / bar.format_dict['elapsed']:.0f} tokens/s")
 
-# %% ../nbs/02_rollouts.ipynb #35ca21c5
+# %% ../nbs/02_rollouts.ipynb #fa9d8704
 def open_phase(s: RolloutSettings) -> Phase:
     "Phase 2 of the run; refuses a folder that another configuration made."
-    return Phase("02_rollouts", s, existing(base=s.base, questions=s.questions) | {"adapter": Path(s.adapter)}, machine=("n_gpu", "adapter"))
+    return Phase("02_rollouts", s, existing(base=s.base, questions=s.questions) | {"adapter": resolve(s.adapter)}, machine=("n_gpu", "adapter"))
 
 def _chunks(s: RolloutSettings) -> list[list[dict]]:
     "The questions of the run in chunks of fixed size."
@@ -149,10 +149,10 @@ def run_phase(s: RolloutSettings) -> dict: # the manifest
     return phase.finish([s.path], counts={"questions": len(questions), "trajectories": len(rows), "tokens": int(rows.num_tokens.sum()), "cut_off": int((rows.finish_reason == "length").sum())},
                         metrics={"accuracy": rows.correct.mean(), "answered": rows.answer.notna().mean()})
 
-# %% ../nbs/02_rollouts.ipynb #49b9b9f5
+# %% ../nbs/02_rollouts.ipynb #1e17de2a
 def table(records) -> pd.DataFrame: # one row a trajectory
     "Trajectories as a table: their fields, their signals, and their question's metrics."
-    return pd.DataFrame([{"question_id": r["question_id"], **{k: v for k, v in t.items() if k != "signals"}, **t["signals"], **r["metrics"]} for r in records for t in r["trajectories"]])
+    return pd.DataFrame([{"question_id": r["question_id"], **r["metrics"], **t["signals"], **{k: v for k, v in t.items() if k != "signals"}} for r in records for t in r["trajectories"]])
 
 # %% ../nbs/02_rollouts.ipynb #cb4c267a
 #| eval: false

@@ -1,0 +1,227 @@
+"Properties of Regime W that must hold for any set of trajectories, not only for the examples on the page."
+import math
+import re
+from dataclasses import make_dataclass, replace
+from fractions import Fraction
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from looper_math import regime_w
+from looper_math.regime_w import (ARM_SETS, PRESETS, REWARD_TERMS, Arm, Weights, arms, equations, ledger, reward, sample_seed, score_question,
+                                  score_records, score_rollout)
+
+NAMES = [a.name for a in arms()] + ["stranger"]
+answers = st.one_of(st.none(), st.sampled_from(["14", "14.0", "1,400", "-3", "1/2", "", "none"]), st.integers(-3, 3), st.fractions(max_denominator=3),
+                    st.floats(allow_nan=True, allow_infinity=True))
+texts = st.one_of(st.text(max_size=30), st.lists(st.sampled_from("12 + 5 = 17 and so then apples eggs Ünï ×".split()), max_size=20).map(" ".join))
+trajectory = st.fixed_dictionaries(dict(reasoning=texts, answer=answers, num_tokens=st.integers(0, 3000)))
+
+
+@st.composite
+def trajectory_sets(draw, smallest=1):
+    names = draw(st.lists(st.sampled_from(NAMES), unique=True, min_size=smallest, max_size=11))
+    return [dict(draw(trajectory), arm_name=name) for name in names]
+
+
+presets = st.sampled_from(sorted(PRESETS))
+
+
+def close(a, b):
+    return (a is None and b is None) or (a is not None and b is not None and math.isclose(a, b, abs_tol=1e-9))
+
+
+@given(trajectory_sets(), presets)
+def test_metrics_are_in_range(trajectories, preset):
+    for name, value in score_question(trajectories, preset).items():
+        assert (value is None and name == "s_probe") or -1e-12 <= value <= 1 + 1e-12, name
+
+
+@given(trajectory_sets(), presets, st.randoms())
+def test_order_does_not_matter(trajectories, preset, rng):
+    shuffled = rng.sample(trajectories, len(trajectories))
+    metrics, scored = score_rollout(trajectories, 14, preset)
+    metrics2, scored2 = score_rollout(shuffled, 14, preset)
+    assert all(close(metrics[name], metrics2[name]) for name in metrics)
+    by_arm = {t["arm_name"]: s for t, s in zip(shuffled, scored2)}
+    for t, s in zip(trajectories, scored):
+        assert close(s["reward"], by_arm[t["arm_name"]]["reward"])
+        assert all(close(value, by_arm[t["arm_name"]]["signals"][name]) for name, value in s["signals"].items())
+
+
+@given(trajectory_sets(), presets)
+def test_signals_are_in_range_and_make_up_the_reward(trajectories, preset):
+    metrics, scored = score_rollout(trajectories, 14, preset)
+    for s, t in zip(scored, trajectories):
+        signals = s["signals"]
+        assert close(s["reward"], reward(signals, PRESETS[preset].weights))
+        for name in ("quality", "conciseness", "alignment", "support", "centrality", "coherence", "ledger", "agreement", "s_wm"):
+            assert signals[name] is None or -1e-12 <= signals[name] <= 1 + 1e-12, name
+        assert signals["lift"] is None or -1 <= signals["lift"] <= 1
+        assert signals["excess_tokens"] == max(0, t["num_tokens"] - 512)
+        assert (signals["quality"] is None) == (not s["correct"])
+        assert s["correct"] or signals["agreement"] == 0
+
+
+@given(trajectory_sets(), presets)
+def test_leaving_out_signals_changes_no_reward(trajectories, preset):
+    full, lean = (score_rollout(trajectories, 14, preset, every_signal=e) for e in (True, False))
+    assert full[0] == lean[0]
+    assert all(close(a["reward"], b["reward"]) for a, b in zip(full[1], lean[1]))
+
+
+@given(trajectory_sets(smallest=2), presets)
+def test_lift_is_the_score_with_minus_the_score_without(trajectories, preset):
+    metrics, scored = score_rollout(trajectories, 14, preset)
+    for i, s in enumerate(scored):
+        without = score_question(trajectories[:i] + trajectories[i + 1:], preset)["s_wm"]
+        assert close(s["signals"]["lift"], metrics["s_wm"] - without)
+
+
+@settings(max_examples=30)
+@given(st.lists(trajectory_sets(), min_size=1, max_size=5), presets, st.integers(1, 4))
+def test_a_batch_changes_nothing(questions, preset, batch):
+    records = [dict(question_id=f"q{i}", gold_answer="14", trajectories=t) for i, t in enumerate(questions)]
+    for record, scored in zip(records, score_records(records, preset, batch=batch)):
+        metrics, each = score_rollout(record["trajectories"], "14", preset)
+        assert all(close(metrics[name], scored["metrics"][name]) for name in metrics)
+        assert all(close(a["reward"], b["reward"]) for a, b in zip(each, scored["trajectories"]))
+
+
+@given(trajectory_sets())
+def test_s_end_and_consensus_count_pairs(trajectories):
+    values = [regime_w.parse_answer(t["answer"]) for t in trajectories]
+    n = len(values)
+    same = [sum(i != j and a is not None and a == b for j, b in enumerate(values)) for i, a in enumerate(values)]
+    metrics = score_question(trajectories)
+    alone = float(values[0] is not None)
+    assert close(metrics["s_end"], sum(same) / (n * (n - 1)) if n > 1 else alone)
+    assert close(metrics["s_cf"], max(same) / (n - 1) if n > 1 else alone)
+
+
+@given(trajectory_sets(smallest=2))
+def test_jaccard_and_length_match_plain_sets(trajectories):
+    trajectories = [dict(t, arm_name="stranger") for t in trajectories]
+    words = [[w for w in regime_w._words(t["reasoning"])] for t in trajectories]
+    bags, lengths = [set(w) for w in words], [len(w) for w in words]
+    pairs = [(a, b) for i, a in enumerate(bags) for b in bags[:i]]
+    overlap = sum(len(a & b) / len(a | b) if a | b else 0 for a, b in pairs) / len(pairs)
+    mean = sum(lengths) / len(lengths)
+    steady = 1 / (1 + sum((x - mean) ** 2 for x in lengths) / len(lengths) / mean) if mean else 0
+    assert close(score_question(trajectories)["s_path"], 0.4 * steady + 0.6 * overlap)
+
+
+@given(st.text())
+@example("ſtraße İstanbul ٣٤ 日本 a_b \ud800")
+def test_words_are_runs_of_letters_and_digits(text):
+    found = [w.decode() for w in regime_w._words(text)]
+    assert all(w and all(c.isalnum() or c == "_" or not c.isascii() for c in w) for w in found)
+    if text.isascii():
+        assert found == re.findall(r"\w+", text.lower())
+
+
+@given(trajectory_sets(smallest=2))
+def test_inert_terms_move_nobody_within_a_question(trajectories):
+    correct = [s for s in score_rollout(trajectories, 14)[1] if s["correct"]]
+    for term in ("s_wm", "agreement"):
+        distance = {reward(s["signals"]) - reward(s["signals"], replace(Weights(), **{term: 0})) for s in correct}
+        assert max(distance, default=0) - min(distance, default=0) < 1e-9
+
+
+def test_objects_and_mappings_score_the_same():
+    rows = [dict(arm_name=n, reasoning=f"12 + {i} = {12 + i}", answer=12 + i % 2, num_tokens=10) for i, n in enumerate(NAMES)]
+    kind = make_dataclass("Trajectory", ["arm_name", "reasoning", "answer", "num_tokens"])
+    assert score_rollout(rows, "12") == score_rollout([kind(**r) for r in rows], Fraction(12))
+
+
+@pytest.mark.parametrize("field", ["arm_name", "reasoning", "answer", "num_tokens"])
+def test_a_missing_field_is_named(field):
+    rows = [dict(arm_name="a", reasoning="x", answer=1, num_tokens=3), dict(arm_name="b", reasoning="x", answer=1, num_tokens=3)]
+    del rows[1][field]
+    with pytest.raises(ValueError, match=f"question 'q9': trajectory 1 has no '{field}'"):
+        score_rollout(rows, 1, question="q9")
+
+
+@pytest.mark.parametrize("call", [lambda: score_question([], "platinum"), lambda: arms("platinum"), lambda: score_rollout([], 1, "platinum")])
+def test_an_unknown_name_is_answered_with_the_nearest(call):
+    with pytest.raises(ValueError, match="did you mean 'platinum-11'"):
+        call()
+
+
+def test_no_trajectories_is_an_error_that_names_the_question():
+    for call in (lambda: score_question([], question="q3"), lambda: score_rollout([], 1, question="q3"),
+                 lambda: list(score_records([dict(question_id="q3", gold_answer="1", trajectories=[])]))):
+        with pytest.raises(ValueError, match="'q3' has no trajectories"):
+            call()
+
+
+def test_seeds_are_stable_and_apart():
+    assert sample_seed(arms()[0], "q1") == 4274896629655867
+    seeds = {sample_seed(a, f"q{i}") for s in ("platinum-11", "core-variants") for a in arms(s) for i in range(500)}
+    assert len(seeds) == 23 * 500 and all(0 <= s < 2**53 for s in seeds)
+
+
+def test_arms_are_as_specified():
+    sampling = {a.name: (a.temperature, a.top_p, a.seed, a.probe) for a in arms()}
+    assert sampling["wolfram_3"] == (0.5, 0.95, 45, None) and sampling["maudlin_0"] == (0.2, 0.90, 100, None)
+    assert [sampling[n] for n in NAMES[8:11]] == [(0.3, 0.95, 1000, "A"), (0.3, 0.95, 1001, "A_prime"), (0.5, 0.90, 2000, "CF1")]
+    assert all('Answer: <number>' in a.instruction and not re.search(r"\d", a.instruction) for s in ARM_SETS.values() for a in s)
+    with pytest.raises(ValueError, match="temperature"):
+        Arm("cold", "x", 0.0, 1.0, 1)
+
+
+@given(st.one_of(st.text(), st.lists(st.sampled_from(list("0123456789+-*/=()%.,$ x\n_") + ["of", " apples ", "<<", ">>", "\\frac", "**", "¾", "percent"]),
+                                     max_size=60).map("".join)))
+@example("((1)=1)(2)=2")
+@example("1/0=1/0=(")
+def test_the_ledger_reads_any_text(text):
+    share, checked, first_false = ledger(text)
+    found = equations(text)
+    assert checked == len(found) and (share is None) == (checked == 0)
+    if found:
+        assert share == sum(e.holds for e in found) / checked
+        assert (first_false is None) == (share == 1)
+        assert first_false is None or (not found[first_false].holds and all(e.holds for e in found[:first_false]))
+
+
+@st.composite
+def expressions(draw, depth=0):
+    "An expression as text and its exact value."
+    if depth > 2 or draw(st.booleans()):
+        n = draw(st.integers(1, 9999))
+        return draw(st.sampled_from([f"{n}", f"{n:,}", f"${n}"])), Fraction(n)
+    (a, x), (b, y) = draw(expressions(depth + 1)), draw(expressions(depth + 1))
+    op = draw(st.sampled_from("+-*/") if y else st.sampled_from("+-*"))
+    value = {"+": x + y, "-": x - y, "*": x * y}[op] if op != "/" else x / y
+    return f"({a} {op} {b})", value
+
+
+@given(expressions(), st.integers(1, 50))
+def test_the_ledger_knows_true_from_false(expression, error):
+    text, value = expression
+    if not text.startswith("("):
+        return
+    right = f"{value.numerator}/{value.denominator}" if value.denominator > 1 else str(value.numerator)
+    assert ledger(f"So it is {text} = {right}") == (1, 1, None)
+    wrong = value + error
+    right = f"{wrong.numerator}/{wrong.denominator}" if wrong.denominator > 1 else str(wrong.numerator)
+    assert ledger(f"First 1 + 1 = 2. So it is {text} = {right}.") == (0.5, 2, 1)
+
+
+@pytest.mark.parametrize("text, share", [
+    ("3 + 4 = 7", 1), ("3 + 4 = 8", 0), ("<<48/2=24>>24", 1), ("$5 x 3 = $15", 1), ("$5 x 3 = $16", 0), ("2 × 3 = 6", 1), ("6 ÷ 3 = 2", 1),
+    ("1 + 2 + 3 = 6", 1), ("2 + 3 * 4 = 14", 1), ("2 + 3 * 4 = 20", 0), ("(2 + 3) * 4 = 20", 1), ("1,000 + 234 = 1,234", 1), ("20% of 50 = 10", 1),
+    ("10 / 3 = 3.33", 1), ("54 lines + 36 lines = 90 lines", 1), ("**12 + 5 = 17**", 1), (r"\frac{1}{2} \times 8 = 4", 1), ("- 12 + 5 = 17", 1),
+    ("4 * 3 = 12 = 24 / 2", 1), ("7 = 3 + 4", 1), ("3 + 4 = 7 + 1 = 8", 0.5), ("x = 5", None), ("2x + 3 = 13", None), ("no sums", None), ("1/0 = 5 + 1", None)])
+def test_the_ledger_on_the_ways_people_write(text, share):
+    assert ledger(text).share == share
+
+
+def test_every_reward_term_has_a_weight():
+    assert all(hasattr(Weights(), term) for term in REWARD_TERMS)
+    w = Weights()
+    assert (w.correct, w.s_wm, w.quality, w.agreement, w.excess_tokens, w.free_tokens) == (1.0, 0.5, 0.3, 0.2, -0.001, 512)
+    assert (w.end, w.path, w.cf, w.length, w.overlap, w.conciseness, w.alignment) == (0.4, 0.3, 0.3, 0.4, 0.6, 0.4, 0.6)
+    guide = PRESETS["guide-8"].weights
+    assert (guide.end, guide.path, guide.cf, guide.quality) == (0.5, 0.3, 0.2, 0.0)
