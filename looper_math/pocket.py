@@ -174,9 +174,9 @@ def solution(steps: tuple[Step, ...], style: str, trap: str = "") -> str:
     "The text of a solution, its last line the answer."
     return "\n".join(LINES[style](steps, trap) + [f"Answer: {steps[-1].result}"])
 
-# %% ../nbs/lib/pocket.ipynb #2f8d539c
+# %% ../nbs/lib/pocket.ipynb #cfcd0ca0
 def _carry(steps: list[Step], start: int, old: int, new: int):
-    "From `start` on, put `new` where a step used the result `old`, and so on down the chain."
+    "From `start` on, put `new` where a step used the result `old`, and so on down the chain, as long as each step uses the one before."
     for j in range(start, len(steps)):
         s = steps[j]
         a, b = (new, s.b) if s.a == old else (s.a, new if s.b == old else s.b)
@@ -184,7 +184,7 @@ def _carry(steps: list[Step], start: int, old: int, new: int):
         old, new, steps[j] = s.result, result, replace(s, a=a, b=b, result=result)
 
 def slip(steps: tuple[Step, ...], rng: random.Random) -> tuple[Step, ...]:
-    "The steps with one mistake: a wrong result, a wrong operator, or a step left out."
+    "The steps with one mistake: a wrong result, a wrong operator, or a step left out; what follows from it is computed anew."
     steps, i = list(steps), rng.randrange(len(steps))
     s, kind = steps[i], rng.choice(["result", "operator", "skip"] if len(steps) > 1 else ["result", "operator"])
     if kind == "skip":
