@@ -57,7 +57,7 @@ def load_pairs(s: DPOSettings) -> Dataset: # columns prompt, chosen, rejected
         raise RecordError(f"{s.pairs}: {len(found)} pairs, and min_pairs asks for {s.min_pairs}; make more rollouts, or take another pair policy")
     return Dataset.from_list([{k: r[k] for k in ("prompt", "chosen", "rejected")} for r in found])
 
-# %% ../nbs/04_dpo.ipynb #de584032
+# %% ../nbs/04_dpo.ipynb #d998fbfa
 def loss_arguments(loss: str, nll_weight: float) -> dict:
     "TRL's `loss_type` and `loss_weights`."
     return {"loss_type": [loss, "sft"], "loss_weights": [1.0, nll_weight]} if nll_weight else {"loss_type": [loss]}
@@ -66,7 +66,7 @@ def make_trainer(s: DPOSettings, rows: Dataset) -> DPOTrainer:
     "TRL's trainer for the SFT adapter, its frozen copy as reference."
     model = models.load_adapter(models.load_base(s.base, s.dtype), s.adapter, trainable=True)
     arguments = training.trainer_arguments(s, s.trained, len(rows))
-    config = DPOConfig(**arguments, beta=s.beta, **loss_arguments(s.loss, s.nll_weight), precompute_ref_log_probs=s.precompute_reference, per_device_eval_batch_size=s.batch_size)
+    config = training.one_device(DPOConfig(**arguments, beta=s.beta, **loss_arguments(s.loss, s.nll_weight), precompute_ref_log_probs=s.precompute_reference, per_device_eval_batch_size=s.batch_size))
     return DPOTrainer(model, args=config, train_dataset=rows, processing_class=models.load_tokenizer(s.base))
 
 # %% ../nbs/04_dpo.ipynb #576e2869
@@ -81,7 +81,7 @@ def step_zero(trainer: DPOTrainer, rows: Dataset) -> dict[str, float]: # prefere
     if trainer.loss_types[0].startswith("sigmoid") and abs(found["eval_loss"] - math.log(2)) > 1e-3: raise RuntimeError(f"the loss at step 0 is {found['eval_loss']}, not ln 2")
     return {"loss": found["eval_loss"], **{f"reward of {k}": v for k, v in rewards.items()}}
 
-# %% ../nbs/04_dpo.ipynb #ccbe332d
+# %% ../nbs/04_dpo.ipynb #d79760cf
 def open_phase(s: DPOSettings) -> Phase:
     "Phase 4 of the run; refuses a folder that another configuration made."
     return Phase("04_dpo", s, existing(base=s.base) | {"adapter": resolve(s.adapter), "pairs": resolve(s.pairs)}, machine=(*training.MACHINE, "adapter", "pairs"))
@@ -95,9 +95,9 @@ def main(s: DPOSettings):
     start = step_zero(trainer, rows)
     if trainer.is_world_process_zero(): phase.begin()
     training.train(trainer, s.trained)
+    if not trainer.is_world_process_zero(): return   # only the first process writes, so only it reads what was written
     log = training.history(s.trained)
     training.check_learning(log)
-    if not trainer.is_world_process_zero(): return
     moved = models.adapter_distance(s.adapter, s.trained)
     if moved == 0: raise RuntimeError(f"{s.trained} equals {s.adapter}: training changed no weight")
     last = log.iloc[-1]

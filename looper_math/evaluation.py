@@ -19,7 +19,7 @@ from .data import build_prompt, check_disjoint, load_questions
 from .records import Phase, RecordWriter, existing, read_records, require, resolve, run_folder, settings
 from .stats import paired, wilson
 
-# %% ../nbs/05_eval.ipynb #1b6d09aa
+# %% ../nbs/05_eval.ipynb #576db8b7
 @dataclass
 class EvalSettings:
     "Parameters of phase 5; raises `SettingsError` on a value out of range."
@@ -43,6 +43,9 @@ class EvalSettings:
     def __post_init__(self):
         for name in ("max_new_tokens", "batch_size", "chunk"): require(getattr(self, name) > 0, f"{name} must be above 0, got {getattr(self, name)}")
         require(self.limit >= 0, f"limit must be 0 or more, got {self.limit}")
+        require(all("{question}" in t for t in (self.template, self.native_template or self.template)), "template and native_template must hold {question}")
+        engines.check_engine(self.engine)
+        models.pick_dtype(self.dtype)
         self.sft_adapter = self.sft_adapter or f"outputs/{self.run}/01_sft/adapter"
         self.dpo_adapter = self.dpo_adapter or f"outputs/{self.run}/04_dpo/adapter"
 
@@ -109,7 +112,7 @@ def results(s: EvalSettings, name: str) -> dict:
     return {"models": {m: {"correct": int(r.correct.sum()), "n": len(r), "correct_strict": int(r.correct_strict.sum()), "cut_off": int((r.finish_reason == "length").sum())} for m, r in rows.items()},
             "paired": {k: {"gained": t.gained, "lost": t.lost, "p": t.p} for k, t in tests.items()}}
 
-# %% ../nbs/05_eval.ipynb #c65ecbfd
+# %% ../nbs/05_eval.ipynb #768151ba
 def main(s: EvalSettings) -> dict: # the manifest
     "Evaluate every model of a run, from where it was left; does nothing when it is done."
     phase = open_phase(s)
@@ -117,6 +120,7 @@ def main(s: EvalSettings) -> dict: # the manifest
     sets = {name: load_questions(path, limit=s.limit or None) for name, path in s.sets.items()}
     for used in (s.train, s.practice):
         for name, questions in sets.items(): check_disjoint(load_questions(used), questions, used, s.sets[name])
+    models.source(s.base)   # a missing folder is refused before anything is written
     phase.begin()
     for model, adapter in s.adapters.items():
         with engines.opened(s.engine, s.base, adapter, s.dtype, s.batch_size) as generate:

@@ -6,7 +6,8 @@
 __all__ = ['PROJECTIONS', 'device', 'pick_dtype', 'source', 'load_tokenizer', 'load_base', 'lora_config', 'load_adapter',
            'load_merged', 'adapter_distance']
 
-# %% ../nbs/lib/models.ipynb #ea130177
+# %% ../nbs/lib/models.ipynb #0c7a687f
+import os
 from pathlib import Path
 
 import torch
@@ -17,10 +18,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from .records import resolve
 
-# %% ../nbs/lib/models.ipynb #058de73a
+# %% ../nbs/lib/models.ipynb #bcd898c1
 def device() -> torch.device:
     "The GPU of this process, or the processor."
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
 
 def pick_dtype(name: str = "auto" # auto, float32, float16 or bfloat16
               ) -> torch.dtype:

@@ -7,8 +7,8 @@ __all__ = ['ROOT', 'SHARED', 'resolve', 'SettingsError', 'nearest', 'settings', 
            'read_records', 'RecordWriter', 'write_json', 'read_json', 'sha256', 'existing', 'versions', 'git_commit',
            'RunConflict', 'run_folder', 'Phase']
 
-# %% ../nbs/lib/records.ipynb #728ca6dd
-import dataclasses, difflib, fcntl, hashlib, importlib.metadata, json, os, subprocess, time, typing, warnings
+# %% ../nbs/lib/records.ipynb #6a320f20
+import ast, dataclasses, difflib, fcntl, hashlib, importlib.metadata, json, os, shutil, subprocess, time, typing, warnings
 from pathlib import Path
 
 import looper_math
@@ -35,16 +35,21 @@ def nearest(name: str, known) -> str: # a hint such as `; did you mean 'beta'?`,
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=.5)
     return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(sorted(known))}"
 
-# %% ../nbs/lib/records.ipynb #08a9fbdb
+# %% ../nbs/lib/records.ipynb #26f19d8d
 SHARED = ("run", "base", "template", "dtype", "n_gpu", "preset")  # what a recipe may say to every phase
 
+def _injected(cells: list[str]) -> set[str]:
+    "Names that papermill set: it runs them in a cell of their own, which begins with `# Parameters`."
+    trees = [ast.parse(c) for c in cells if c.startswith("# Parameters\n")]
+    return {target.id for tree in trees for node in tree.body for target in node.targets}
+
 def settings(cls: type, # the phase's settings dataclass
-             namespace: dict # the notebook's `globals()`
+             namespace: dict # the notebook's `globals()`, or just the parameters
             ): # an instance of `cls`
     "The notebook's parameters as one typed object; raises `SettingsError` on an unknown name, a wrong type or a value that `cls` refuses."
     kinds = typing.get_type_hints(cls)
-    literals = {k for k, v in namespace.items() if k.islower() and not k.startswith("_") and isinstance(v, (str, int, float, list, dict, type(None)))}
-    for name in sorted(literals - set(kinds) - set(SHARED)):
+    given = _injected(namespace["In"]) if "In" in namespace else set(namespace)
+    for name in sorted(given - set(kinds) - set(SHARED)):
         raise SettingsError(f"{cls.__name__}: unknown parameter {name!r}{nearest(name, kinds)}")
     for name, kind in kinds.items():
         if name not in namespace: raise SettingsError(f"{cls.__name__}: parameter {name!r} is missing from the parameters cell")
@@ -144,7 +149,7 @@ def read_json(path: str | Path):
     "The JSON value of a file."
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
-# %% ../nbs/lib/records.ipynb #ac5cde3d
+# %% ../nbs/lib/records.ipynb #d9b1e04d
 def sha256(path: str | Path) -> str: # a file, or a folder: the digest of its files' names and contents
     "Hex digest of a file's bytes, or of a folder's whole content without checkpoints."
     path = Path(path)
@@ -164,6 +169,7 @@ def versions() -> dict: # package → version
 
 def git_commit() -> str: # empty outside a checkout
     "The project's commit, with a `+` when the working tree differs from it."
+    if not shutil.which("git"): return ""
     done = subprocess.run(["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"], cwd=ROOT, capture_output=True, text=True)
     return done.stdout.strip()
 

@@ -20,7 +20,7 @@ from .data import build_prompt, load_questions
 from .records import Phase, RecordError, RecordWriter, existing, read_records, require, resolve, run_folder, settings
 from .stats import wilson
 
-# %% ../nbs/02_rollouts.ipynb #61119424
+# %% ../nbs/02_rollouts.ipynb #4bf9954a
 @dataclass
 class RolloutSettings:
     "Parameters of phase 2; raises `SettingsError` on a value out of range."
@@ -42,7 +42,11 @@ class RolloutSettings:
     def __post_init__(self):
         for name in ("max_new_tokens", "batch_size", "chunk"): require(getattr(self, name) > 0, f"{name} must be above 0, got {getattr(self, name)}")
         require(self.limit >= 0 and self.n_gpu >= 0, f"limit and n_gpu must be 0 or more, got {self.limit} and {self.n_gpu}")
+        require("{question}" in self.template, f"template must hold {{question}}, got {self.template!r}")
+        engines.check_engine(self.engine)
+        models.pick_dtype(self.dtype)
         regime_w.arms(self.arm_set)
+        regime_w.find_preset(self.preset)
         self.adapter = self.adapter or f"outputs/{self.run}/01_sft/adapter"
 
     @property
@@ -119,7 +123,7 @@ def gather(s: RolloutSettings) -> dict[str, dict]: # question id → record
     for shard in shards: shard.unlink()
     return found
 
-# %% ../nbs/02_rollouts.ipynb #d4732c43
+# %% ../nbs/02_rollouts.ipynb #4ecd5807
 def main(s: RolloutSettings):
     "This process's share of the chunks, into its shard."
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -134,6 +138,7 @@ def run_phase(s: RolloutSettings) -> dict: # the manifest
     phase = open_phase(s)
     if phase.manifest: return phase.manifest
     questions = [q for c in _chunks(s) for q in c]
+    models.source(s.base)   # a missing folder is refused before anything is written
     phase.begin()
     gather(s)
     runs.launch("looper_math.rollouts", s, n_gpu=s.n_gpu)
@@ -144,10 +149,11 @@ def run_phase(s: RolloutSettings) -> dict: # the manifest
     draft.unlink(missing_ok=True)
     with RecordWriter(draft) as writer: writer.append([found[q["question_id"]] for q in questions])
     draft.replace(s.path)
-    (s.folder/"gathered.jsonl").unlink()
     rows = table(found.values())
-    return phase.finish([s.path], counts={"questions": len(questions), "trajectories": len(rows), "tokens": int(rows.num_tokens.sum()), "cut_off": int((rows.finish_reason == "length").sum())},
+    manifest = phase.finish([s.path], counts={"questions": len(questions), "trajectories": len(rows), "tokens": int(rows.num_tokens.sum()), "cut_off": int((rows.finish_reason == "length").sum())},
                         metrics={"accuracy": rows.correct.mean(), "answered": rows.answer.notna().mean()})
+    (s.folder/"gathered.jsonl").unlink()
+    return manifest
 
 # %% ../nbs/02_rollouts.ipynb #1e17de2a
 def table(records) -> pd.DataFrame: # one row a trajectory

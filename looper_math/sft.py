@@ -43,12 +43,12 @@ def sft_rows(s: SFTSettings) -> Dataset: # columns prompt and completion
     questions = load_questions(s.train, limit=s.limit or None)
     return Dataset.from_list(training_rows(questions, template=s.template, marks=s.marks))
 
-# %% ../nbs/01_sft.ipynb #8b979593
+# %% ../nbs/01_sft.ipynb #62309da4
 def make_trainer(s: SFTSettings, rows: Dataset) -> SFTTrainer:
     "TRL's trainer for a fresh adapter on the base."
     model = get_peft_model(models.load_base(s.base, s.dtype), models.lora_config(s.rank, s.alpha, s.dropout))
     arguments = training.trainer_arguments(s, s.adapter, len(rows))
-    config = SFTConfig(**arguments, completion_only_loss=True, packing=s.packing)
+    config = training.one_device(SFTConfig(**arguments, completion_only_loss=True, packing=s.packing))
     return SFTTrainer(model, args=config, train_dataset=rows, processing_class=models.load_tokenizer(s.base))
 
 def seen_rows(trainer: SFTTrainer, tokenizer) -> pd.DataFrame: # one row a training row: tokens, trained, text
@@ -60,7 +60,7 @@ def seen_rows(trainer: SFTTrainer, tokenizer) -> pd.DataFrame: # one row a train
         found.append((len(labels), int((labels != -100).sum()), int(labels[-1]) == tokenizer.eos_token_id))
     return pd.DataFrame(found, columns=["tokens", "trained", "ends"])
 
-# %% ../nbs/01_sft.ipynb #772650c3
+# %% ../nbs/01_sft.ipynb #9105f522
 def open_phase(s: SFTSettings) -> Phase:
     "Phase 1 of the run; refuses a folder that another configuration made."
     return Phase("01_sft", s, existing(base=s.base, train=s.train), training.MACHINE)
@@ -76,9 +76,9 @@ def main(s: SFTSettings):
     if not s.packing and not seen.ends.any(): raise RuntimeError(f"no row of {len(seen)} ends with the end token: raise max_length above {s.max_length}")
     if trainer.is_world_process_zero(): phase.begin()
     training.train(trainer, s.adapter)
+    if not trainer.is_world_process_zero(): return   # only the first process writes, so only it reads what was written
     log = training.history(s.adapter)
     training.check_learning(log)
-    if not trainer.is_world_process_zero(): return
     seen.to_json(phase.folder/"seen.jsonl", orient="records", lines=True)
     phase.finish([s.adapter, phase.folder/"seen.jsonl"],
                  counts={"rows": len(seen), "tokens": int(seen.tokens.sum()), "trained_tokens": int(seen.trained.sum()), "cut_off": int((~seen.ends).sum()), "updates": int(log.index[-1])},

@@ -2,6 +2,7 @@
 import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -70,3 +71,11 @@ def test_recipes_name_real_parameters(recipe):
     if PHASES:
         phases = phases_of(ROOT, recipe)
         assert assign(read_recipe(ROOT, recipe, phases), phases)
+
+
+def test_a_missing_input_is_refused_before_the_first_phase():
+    "Not after the phases that come before it."
+    looper = str(Path(sys.executable).parent / "looper")
+    done = subprocess.run([looper, "run", "smoke", "--run", "pytest-missing", "-p", "02_rollouts.questions=data/nofile.jsonl"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "there is no data/nofile.jsonl" in done.stderr
+    assert not (ROOT / "outputs/pytest-missing").exists()

@@ -5,8 +5,9 @@ import pytest
 from safetensors.torch import load_file
 
 from conftest import RUN, SMALL, papermill
+from looper_math import dpo
 from looper_math.records import ROOT, read_json, read_records, run_folder
-from looper_math.runs import parameters_of
+from looper_math.runs import launch, parameters_of
 
 WORKER = """
 import sys, json
@@ -86,6 +87,18 @@ def test_dpo_alone_and_after_a_kill(small_run):
     resumed = load_file(other / "04_dpo" / "adapter" / "adapter_model.safetensors")
     assert unbroken.keys() == resumed.keys()
     assert max((unbroken[k] - resumed[k]).abs().max().item() for k in unbroken) < 1e-5
+    shutil.rmtree(other)
+
+
+def test_dpo_on_two_processes(small_run):
+    "The launcher's two processes train one adapter at twice the effective batch."
+    other = run_folder(RUN + "-two")
+    shutil.rmtree(other, ignore_errors=True)
+    s = dpo.DPOSettings(**small("04_dpo", run=other.name, adapter=str(small_run / "01_sft" / "adapter"), pairs=str(small_run / "03_preferences" / "pairs.jsonl"), epochs=1, n_gpu=2))
+    launch("looper_math.dpo", s, n_gpu=2)
+    metrics = dpo.open_phase(s).manifest["metrics"]
+    assert metrics["effective_batch"] == 2 * SMALL["04_dpo"]["batch_size"] and metrics["adapter_moved_by"] > 0
+    assert abs(metrics["step_zero"]["loss"] - .693147) < 1e-4
     shutil.rmtree(other)
 
 
