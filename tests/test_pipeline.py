@@ -111,11 +111,11 @@ def test_dpo_on_two_processes(small_run):
 def test_refused_at_once_and_nothing_changed(small_run, tmp_path, phase, parameters, said):
     "A misspelt or ill-typed parameter, another configuration, a missing input: a message that helps, and every file as it was."
     if not (small_run / "04_dpo" / "manifest.json").exists(): assert papermill("04_dpo", small_run / "04_dpo.ipynb").returncode == 0
-    files = lambda: {p: p.stat().st_mtime_ns for p in run_folder("x").parent.rglob("*")}
+    files = lambda: {p: p.stat().st_mtime_ns for p in small_run.rglob("*")}
     before = files()
     done = papermill(phase, tmp_path / "out.ipynb", **parameters)
     assert done.returncode != 0 and said in done.stderr, done.stderr[-2000:]
-    assert files() == before
+    assert files() == before and not run_folder("pytest-nowhere").exists()
 
 
 def test_phase_2_on_questions_from_elsewhere(small_run, tmp_path):
