@@ -46,7 +46,7 @@ class PairRules:
         require(self.cap >= 1, f"cap must be at least 1, got {self.cap}")
         build_prompt("", template=self.template)
 
-# %% ../nbs/03_preferences.ipynb #b2225e02
+# %% ../nbs/03_preferences.ipynb #19c9b5e9
 @dataclass(kw_only=True)
 class PreferenceSettings(PairRules):
     "Parameters of phase 3; raises `SettingsError` on a value out of range."
@@ -57,6 +57,7 @@ class PreferenceSettings(PairRules):
     def __post_init__(self):
         super().__post_init__()
         find_preset(self.preset)
+        run_folder(self.run)   # refuses a name that is no plain folder name
         self.rollouts = self.rollouts or f"outputs/{self.run}/02_rollouts/rollouts.jsonl"
 
     @property

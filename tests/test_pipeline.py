@@ -121,7 +121,7 @@ def test_refused_at_once_and_nothing_changed(small_run, tmp_path, phase, paramet
 def test_phase_2_on_questions_from_elsewhere(small_run, tmp_path):
     "GSM8K-like questions with commas, dollars and long numbers: the pocket model is wrong, and the records are right."
     questions = tmp_path / "questions.jsonl"
-    rows = [{"question": f"Weng earns ${n},000 a year — how much in {n} years?", "answer": f"She earns {n},000 * {n} = {n * n},000.\n#### {n * n},000"} for n in (12, 114)]
+    rows = [{"question": f"Weng earns ${n},000 a year — how much in {n} years?", "answer": f"She earns {n},000 * {n} = {n * n * 1000:,}.\n#### {n * n * 1000:,}"} for n in (12, 114)]
     questions.write_text("".join(json.dumps(r) + "\n" for r in rows))
     other = run_folder(RUN + "-elsewhere")
     shutil.rmtree(other, ignore_errors=True)
