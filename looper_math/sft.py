@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['SFTSettings', 'sft_rows', 'make_trainer', 'seen_rows', 'open_phase', 'main', 'decoded']
 
-# %% ../nbs/01_sft.ipynb #251fd2bc
+# %% ../nbs/01_sft.ipynb #e7481501
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 from datasets import Dataset
 from peft import get_peft_model
+from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
 from . import models, runs, show, training
@@ -43,9 +44,10 @@ def sft_rows(s: SFTSettings) -> Dataset: # columns prompt and completion
     questions = load_questions(s.train, limit=s.limit or None)
     return Dataset.from_list(training_rows(questions, template=s.template, marks=s.marks))
 
-# %% ../nbs/01_sft.ipynb #62309da4
+# %% ../nbs/01_sft.ipynb #fc80f8b2
 def make_trainer(s: SFTSettings, rows: Dataset) -> SFTTrainer:
     "TRL's trainer for a fresh adapter on the base."
+    set_seed(s.seed)   # the trainer seeds itself too late for the adapter's first weights
     model = get_peft_model(models.load_base(s.base, s.dtype), models.lora_config(s.rank, s.alpha, s.dropout))
     arguments = training.trainer_arguments(s, s.adapter, len(rows))
     config = training.one_device(SFTConfig(**arguments, completion_only_loss=True, packing=s.packing))
