@@ -8,9 +8,9 @@ __all__ = ['APPLY', 'NAMES', 'THINGS', 'PACKS', 'THING_EVENTS', 'MONEY_EVENTS', 
            'human_solution', 'Split', 'bin_of', 'draw', 'problems_of', 'write_splits', 'pretraining_example',
            'make_tokenizer', 'new_model', 'make_base']
 
-# %% ../nbs/lib/pocket.ipynb #7e10c113
+# %% ../nbs/lib/pocket.ipynb #296f8ad4
 import hashlib, json, random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
