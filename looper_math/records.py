@@ -93,13 +93,13 @@ def read_records(path: str | Path, fields: dict | None = None) -> list[dict]:
     "All records of a file, as `iter_records` yields them."
     return list(iter_records(path, fields))
 
-# %% ../nbs/lib/records.ipynb #39395a0d
+# %% ../nbs/lib/records.ipynb #0c091f09
 class RecordWriter:
     "Append-only writer of JSON lines: one writer a file, whole lines, synced per batch."
     def __init__(self, path: str | Path): # made if it is not there, with its folder
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = self.path.open("ab+")
+        self.file = self.path.open("ab+", buffering=0)   # unbuffered: nothing half-written can stay behind in memory
         try: fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.file.close()
@@ -121,10 +121,9 @@ class RecordWriter:
     def append(self, records: list[dict]): # written together, then synced to disk
         "Add records; on a failed write (a full disk, say) the file is taken back to its last whole batch and the error raised."
         data = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode()
-        start = self.file.seek(0, os.SEEK_END)
+        start, rest = self.file.seek(0, os.SEEK_END), memoryview(data)
         try:
-            self.file.write(data)
-            self.file.flush()
+            while rest: rest = rest[self.file.write(rest):]
             os.fsync(self.file.fileno())
         except OSError as e:
             os.ftruncate(self.file.fileno(), start)

@@ -5,19 +5,18 @@
 # %% auto #0
 __all__ = ['FILES', 'assert_world', 'worker', 'launch', 'Parameter', 'parameters_of', 'Refused', 'phases_of', 'Wish', 'recipes',
            'read_recipe', 'find_phase', 'read_flag', 'assign', 'is_done', 'check_folder', 'check_inputs', 'check_files',
-           'choose', 'PhaseFailed', 'write_html', 'execute', 'summarise', 'ladder', 'as_text', 'write_report',
-           'run_recipe', 'looper']
+           'choose', 'PhaseFailed', 'write_html', 'execute', 'run_recipe', 'looper']
 
-# %% ../nbs/lib/runs.ipynb #6dae35d0
-import argparse, ast, collections, contextlib, dataclasses, fcntl, html, importlib, os, re, subprocess, sys, tempfile, time
+# %% ../nbs/lib/runs.ipynb #c4d0a5a3
+import argparse, ast, collections, contextlib, dataclasses, fcntl, importlib, os, re, subprocess, sys, tempfile, time
 from pathlib import Path
 from typing import NamedTuple
 
 import yaml
 from fastcore.imports import IN_NOTEBOOK
 
-# %% ../nbs/lib/runs.ipynb #955db8a6
-from .records import ROOT, RunConflict, SettingsError, nearest, read_json, run_folder, sha256, write_json
+# %% ../nbs/lib/runs.ipynb #05033096
+from .records import ROOT, RecordError, RunConflict, SettingsError, nearest, read_json, resolve, run_folder, sha256, write_json
 
 # %% ../nbs/lib/runs.ipynb #9b58a467
 def assert_world(n: int): # processes that should work together
@@ -49,17 +48,18 @@ def _stream(command: list[str]):
             raise
     if p.returncode: raise RuntimeError(f"{' '.join(command)}\nended with exit code {p.returncode}; its last lines:\n{''.join(tail)}")
 
-# %% ../nbs/lib/runs.ipynb #ca2ccacc
+# %% ../nbs/lib/runs.ipynb #39871ac7
 def launch(module: str, # such as `looper_math.dpo`; it has a `main(settings)`
            settings, # the phase's settings dataclass
            n_gpu: int = 0, # 0 and 1 run in this process, more start one worker each
-           accelerate_config: str = ""): # an accelerate YAML file, for FSDP and several hosts
+           accelerate_config: str = ""): # an accelerate YAML file, for FSDP and several hosts; a relative path counts from the project's root
     "Run a phase's `main`. It hands on files, so nothing is returned; raises `RuntimeError` when a worker fails."
     if n_gpu <= 1 and not accelerate_config:
         importlib.import_module(module).main(settings)
         return
-    world = yaml.safe_load(Path(accelerate_config).read_text())["num_processes"] if accelerate_config else n_gpu
-    how = (["accelerate.commands.launch", "--config_file", accelerate_config] if accelerate_config
+    file = resolve(accelerate_config)
+    world = yaml.safe_load(file.read_text(encoding="utf-8"))["num_processes"] if accelerate_config else n_gpu
+    how = (["accelerate.commands.launch", "--config_file", str(file)] if accelerate_config
            else ["torch.distributed.run", "--standalone", "--nproc_per_node", str(n_gpu)])
     with tempfile.TemporaryDirectory() as tmp:
         job = Path(tmp)/"job.json"
@@ -219,18 +219,26 @@ def check_inputs(root: Path, folder: Path, phase: str):
         if not (root/path).exists() or sha256(root/path) != manifest["inputs"][name]:
             raise RunConflict(f"{_short(folder/phase)} was made from another {name} than {path} is now: give another --run NAME, or delete {_short(folder/phase)} to make it again")
 
-# %% ../nbs/lib/runs.ipynb #bb91a974
-FILES = ("base", "train", "practice", "questions", "harder", "adapter", "sft_adapter", "dpo_adapter", "pairs", "rollouts")  # parameters that may name a file or folder
+# %% ../nbs/lib/runs.ipynb #20764823
+FILES = ("base", "train", "dev", "practice", "questions", "harder", "adapter", "pairs", "rollouts", "import_from", "models", "accelerate_config")  # parameters that may name a file or folder, or several
 
 def _looks_local(text: str) -> bool: return text.startswith(("data/", "outputs/", "/", ".", "~")) or text.endswith((".jsonl", ".json"))
 
+def _named_files(values: dict) -> list[tuple[str, str]]: # (parameter, path), the members of a dict parameter one by one
+    "What a phase's parameters name in the way of files and folders."
+    found = [(name, values.get(name)) for name in FILES]
+    several = [(f"{name}.{key}", text) for name, value in found if isinstance(value, dict) for key, text in value.items()]
+    return [(name, text) for name, text in found + several if isinstance(text, str) and text]
+
 def check_files(root: Path, folder: Path, chosen: list[str], values: dict[str, dict]):
-    "Raise `Refused` when a chosen phase names a file that is neither there nor made by this run."
+    "Raise `Refused` when a chosen phase names a file that is neither there nor made by a phase of this call."
+    from looper_math.report import located # a slow import, and a misspelt parameter is refused without it
     for phase in chosen:
-        for name in FILES:
-            text = values[phase].get(name)
-            path = root/Path(text or "").expanduser()
-            if text and _looks_local(text) and not path.exists() and folder not in path.parents:
+        for name, text in _named_files(values[phase]):
+            text = located(folder.name, text)
+            path = root/Path(text).expanduser()
+            made_now = folder in path.parents and path.relative_to(folder).parts[0] in chosen
+            if _looks_local(text) and not path.exists() and not made_now:
                 raise Refused(f"{phase}.{name}: there is no {text}; a relative path counts from the project's root")
 
 # %% ../nbs/lib/runs.ipynb #d31974cd
@@ -278,39 +286,7 @@ def execute(root: Path, folder: Path, phase: str, values: dict, label: str):
     except DeadKernelError: raise PhaseFailed(f"{phase}: the kernel died while {_short(made)} ran; most often the memory was too small") from None
     write_html(made)
 
-# %% ../nbs/lib/runs.ipynb #cdbaec5c
-def summarise(folder: Path) -> dict | None: # None while the evaluation is not done
-    "The summary of a run, assembled from the manifests of its phases."
-    if not is_done(folder, "05_eval"): return None
-    metrics = read_json(folder/"05_eval/manifest.json")["metrics"]
-    counts = read_json(folder/"03_preferences/manifest.json")["counts"]
-    return {"models": metrics["models"], "paired": metrics["paired"], "seconds": _state(folder)["seconds"],
-            "pairs": {kind: counts[kind] for kind in ("correctness", "coherence")}}
-
-def ladder(summary: dict) -> list[list[str]]: # rows of text, a head row first
-    "The three models, one above the other, each compared with the one before."
-    rows = [["model", "correct", "accuracy", "gained", "lost", "exact McNemar p"]]
-    for model, before in (("base", ""), ("sft", "sft_vs_base"), ("dpo", "dpo_vs_sft")):
-        m, change = summary["models"][model], summary["paired"].get(before)
-        rows.append([model, f"{m['correct']} / {m['n']}", f"{m['correct']/m['n']:.1%}"]
-                    + ([f"+{change['gained']}", f"-{change['lost']}", f"{change['p']:.2g}"] if change else [""]*3))
-    return rows
-
-# %% ../nbs/lib/runs.ipynb #657100b9
-def as_text(rows: list[list[str]]) -> str: # columns of equal width
-    "A table for the terminal."
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(row, widths)) for row in rows)
-
-def write_report(folder: Path, phases: list[str], rows: list[list[str]]):
-    "A page with the ladder and a link to the page of each phase."
-    table = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
-    links = "".join(f'<li><a href="{p}.html">{p}</a></li>' for p in phases)
-    style = "body{font-family:sans-serif;margin:2em}td{padding:.2em 1em;text-align:right}"
-    _write_text(folder/"report.html", f"<!doctype html><meta charset=utf-8><title>{folder.name}</title><style>{style}</style>"
-                                      f"<h1>{folder.name}</h1><table>{table}</table><ul>{links}</ul>")
-
-# %% ../nbs/lib/runs.ipynb #3ee0c25e
+# %% ../nbs/lib/runs.ipynb #a852b852
 @contextlib.contextmanager
 def _alone(folder: Path):
     "Hold a run folder; raises `Refused` if another runner does."
@@ -321,16 +297,13 @@ def _alone(folder: Path):
         yield
     finally: os.close(handle)
 
-def _clock(seconds: float) -> str: # `47.2 s` or `3 min 05 s`
-    "A duration for people."
-    return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds)//60} min {int(seconds)%60:02} s"
-
-# %% ../nbs/lib/runs.ipynb #f314b772
+# %% ../nbs/lib/runs.ipynb #62c152a7
 def _run_phase(root: Path, folder: Path, phase: str, changed: dict, state: dict, label: str):
     "Run a phase unless it is done, and note in `state` and `run.json` the time it took."
+    from looper_math.report import clock
     if is_done(folder, phase):
         check_inputs(root, folder, phase)
-        print(f"{label}  done before, in {_clock(state['seconds'][phase])}", flush=True)
+        print(f"{label}  done before, in {clock(state['seconds'][phase])}", flush=True)
         return
     print(f"{label}  runs", flush=True)
     write_json(folder/"run.json", state)
@@ -340,9 +313,9 @@ def _run_phase(root: Path, folder: Path, phase: str, changed: dict, state: dict,
     if not manifest.exists(): raise PhaseFailed(f"{phase} ended without {_short(manifest)}, so it does not count as done")
     state["seconds"][phase] = round(max(time.time() - start, read_json(manifest)["seconds"]), 1)
     write_json(folder/"run.json", state)
-    print(f"{label}  took {_clock(time.time() - start)}: {_short(folder/phase)}.html", flush=True)
+    print(f"{label}  took {clock(time.time() - start)}: {_short(folder/phase)}.html", flush=True)
 
-# %% ../nbs/lib/runs.ipynb #2a005e21
+# %% ../nbs/lib/runs.ipynb #e442d001
 def run_recipe(recipe: str, # a folder of `nbs/recipes`
                run: str = "", # name of the folder under `outputs`; the recipe's if empty
                first: str = "", last: str = "", # the phases to begin and to end with
@@ -367,21 +340,43 @@ def run_recipe(recipe: str, # a folder of `nbs/recipes`
         return _close(folder, list(phases), time.time() - start)
 
 def _close(folder: Path, phases: list[str], seconds: float) -> dict | None:
-    "Write and print the summary, if there is one yet."
-    summary = summarise(folder)
+    "Write the summary and the report, and print the ladder, once the evaluation is done."
+    from looper_math import report
+    summary = report.summarise(folder) if is_done(folder, "05_eval") else None
     if summary:
-        rows = ladder(summary)
         write_json(folder/"summary.json", summary)
-        write_report(folder, phases, rows)
-        print(f"\n{as_text(rows)}\n\nreport  {_short(folder/'report.html')}\nnumbers {_short(folder/'summary.json')}")
-    print(f"{_clock(seconds)} in all")
+        _write_text(folder/"report.html", report.report_page(folder, phases))
+        print(f"\n{report.as_text(report.ladder(summary))}\n\nreport  {_short(folder/'report.html')}\nnumbers {_short(folder/'summary.json')}")
+    print(f"{report.clock(seconds)} in all")
     return summary
 
-# %% ../nbs/lib/runs.ipynb #06153c5f
+# %% ../nbs/lib/runs.ipynb #639a868b
 def _run_command(args, root: Path):
     "`looper run`."
     if args.recipe: run_recipe(args.recipe, args.run, getattr(args, "from"), args.to, args.p, root)
     else: print("Recipes:", *recipes(root), sep="\n  ")
+
+def _done(name: str, root: Path) -> Path:
+    "Folder of a run whose evaluation is done, else `Refused`."
+    folder = root/"outputs"/run_folder(name).name
+    runs = sorted(p.parents[1].name for p in (root/"outputs").glob("*/05_eval/manifest.json"))
+    if name not in runs: raise Refused(f"the run {name!r} is not there, or its evaluation is not done{nearest(name, runs)}")
+    return folder
+
+def _compare_command(args, root: Path):
+    "`looper compare`."
+    from looper_math import report
+    a, b = (_done(name, root) for name in (args.run_a, args.run_b))
+    try: rows, sentences = report.compare_runs(a, b)
+    except ValueError as e: raise Refused(str(e)) from None
+    print(report.as_text(report.differing_parameters(a, b)), report.as_text(rows), "\n".join(sentences), sep="\n\n")
+
+def _card_command(args, root: Path):
+    "`looper card`."
+    from looper_math import cards
+    folder = _done(args.run, root)
+    for path in cards.write_cards(folder, args.model): print(_short(path))
+    if args.push: print(*cards.push(folder, args.model, args.push), sep="\n")
 
 def _parser() -> argparse.ArgumentParser:
     "The options of all commands; a new command adds a sub-parser whose `do` takes the parsed arguments and the root."
@@ -394,15 +389,24 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--to", default="", metavar="PHASE", help="last phase")
     run.add_argument("-p", action="append", default=[], metavar="PHASE.NAME=VALUE", help="set a parameter, such as 04_dpo.beta=0.05; may be repeated")
     run.set_defaults(do=_run_command)
+    compare = commands.add_parser("compare", help="compare two runs", description="Two runs side by side: what was set differently, and each model against its namesake, question by question.")
+    compare.add_argument("run_a", metavar="RUN_A", help="the run to compare with")
+    compare.add_argument("run_b", metavar="RUN_B", help="the run that is compared")
+    compare.set_defaults(do=_compare_command)
+    card = commands.add_parser("card", help="write the cards of a run", description="Write the model card and the dataset card of a finished run.")
+    card.add_argument("run", metavar="RUN", help="a finished run")
+    card.add_argument("--model", default="dpo", metavar="NAME", help="the evaluated model that the card is for (default: dpo)")
+    card.add_argument("--push", default="", metavar="REPO", help="send adapter, data and cards to private repositories REPO and REPO-data; needs a token in HF_TOKEN")
+    card.set_defaults(do=_card_command)
     return parser
 
-# %% ../nbs/lib/runs.ipynb #46dc1c02
+# %% ../nbs/lib/runs.ipynb #51d15daa
 def looper(argv: list[str] | None = None, # the words after `looper`; those of the process if None
            root: Path = ROOT): # the project's root
     "The command line; leaves with an exit code other than 0 when something went wrong."
     args = _parser().parse_args(argv)
     try: return args.do(args, root)
-    except (Refused, SettingsError, RunConflict) as e: code, message = 2, str(e)
+    except (Refused, SettingsError, RunConflict, RecordError) as e: code, message = 2, str(e)
     except PhaseFailed as e: code, message = 1, f"{e}\nWhen the cause is mended, the same command goes on from here."
     except KeyboardInterrupt: code, message = 130, "stopped; the same command goes on from here."
     print(f"looper: {message}", file=sys.stderr)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['wilson', 'mcnemar_exact', 'paired_power', 'mde', 'score_interval', 'bootstrap_interval', 'Paired', 'p_text', 'paired',
-           'holm', 'pass_at_k', 'plurality', 'maj_at_k', 'auroc']
+           'holm', 'pass_at_k', 'plurality', 'maj_at_k', 'mean_interval', 'paired_means', 'auroc']
 
 # %% ../nbs/lib/stats.ipynb #a118152a
 import operator
@@ -184,6 +184,25 @@ def maj_at_k(answers, # canonical answers of the k samples, None where there is 
     "Chance that a majority vote is right when a tie is broken by a fair draw."
     top = plurality(answers)
     return 1/len(top) if gold in top else 0.
+
+# %% ../nbs/lib/stats.ipynb #c31aea69
+def mean_interval(values, # one number per question
+                  confidence: float = .95, resamples: int = 4999, seed: int = 0) -> tuple[float, float, float]: # (mean, low, high)
+    "Mean over questions with its percentile bootstrap interval; raises `ValueError` on fewer than two questions."
+    values = np.asarray(values, float)
+    if values.ndim != 1 or len(values) < 2 or np.isnan(values).any(): raise ValueError("an average needs one number for each of at least two questions")
+    ci = sps.bootstrap((values,), np.mean, confidence_level=confidence, n_resamples=resamples, method="percentile", batch=500, rng=seed).confidence_interval
+    return float(values.mean()), float(ci.low), float(ci.high)
+
+# %% ../nbs/lib/stats.ipynb #b5e99318
+def paired_means(a, b, # one number per question, in the same order
+                 resamples: int = 9999, seed: int = 0
+                ) -> tuple[float, float, float, float]: # (mean of b − a, low, high, p)
+    "Paired difference of two averages: bootstrap interval over questions, and the p value of a test that swaps the models within questions."
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    if len(a) != len(b): raise ValueError(f"the models must have answered the same questions, got {len(a)} and {len(b)}")
+    test = sps.permutation_test((b, a), lambda x, y, axis: np.mean(x - y, axis=axis), permutation_type="samples", n_resamples=resamples, batch=500, rng=seed)
+    return *mean_interval(b - a), float(test.pvalue)
 
 # %% ../nbs/lib/stats.ipynb #ff0c63e4
 def _auroc(level: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> float:

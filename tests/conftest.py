@@ -1,17 +1,18 @@
 "A small but real run that several tests share: a short SFT, a few rollouts, their pairs."
-import shutil, subprocess, sys
+import json, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
 
 from looper_math.records import ROOT, run_folder
+from looper_math.runs import parameters_of
 
 RUN = "pytest-pipeline"
 SMALL = {
-    "01_sft": {"limit": 96, "epochs": 1},
+    "01_sft": {"limit": 96, "epochs": 1, "dev_limit": 8},
     "02_rollouts": {"limit": 24, "chunk": 8},
     "03_preferences": {},
-    "04_dpo": {"min_pairs": 2, "epochs": 2, "batch_size": 4},
+    "04_dpo": {"min_pairs": 2, "epochs": 2, "batch_size": 4, "dev_limit": 8},
     "05_eval": {"limit": 16, "chunk": 8},
 }
 
@@ -24,6 +25,37 @@ def papermill(phase: str, out: Path, **parameters) -> subprocess.CompletedProces
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
+WORKER = """
+import sys, json
+from looper_math import {module} as phase
+s = phase.{settings}(**json.loads(sys.argv[1]))
+phase.{call}(s)
+"""
+
+
+def small(phase: str, **changes) -> dict:
+    "Parameters of a phase: the notebook's defaults, the small run's, then `changes`."
+    defaults = {k: p.default for k, p in parameters_of(ROOT / "nbs" / f"{phase}.ipynb").items()}
+    return defaults | {"run": RUN} | SMALL[phase] | changes
+
+
+def start(module: str, settings: str, call: str, parameters: dict) -> subprocess.Popen:
+    "The phase in a process of its own, so that it can be killed."
+    code = WORKER.format(module=module, settings=settings, call=call)
+    return subprocess.Popen([sys.executable, "-c", code, json.dumps(parameters)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def kill_when(process: subprocess.Popen, reached, limit: float = 120):
+    "Send SIGKILL as soon as `reached()` is true."
+    deadline = time.time() + limit
+    while not reached():
+        assert process.poll() is None, f"ended before it could be killed: {process.stderr.read()[-2000:]}"
+        assert time.time() < deadline, "never got to the point of the kill"
+        time.sleep(.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory):
     "Folder of a run whose first three phases are done, each by plain papermill."
@@ -34,3 +66,18 @@ def small_run(tmp_path_factory):
         assert done.returncode == 0, done.stderr[-3000:]
     yield folder
     shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def random_adapter(tmp_path_factory):
+    "Folder of a rank-4 adapter of the pocket base with random weights, strong enough to change what the model says."
+    import torch
+    from peft import get_peft_model
+    from looper_math import models
+    torch.manual_seed(0)
+    model = get_peft_model(models.load_base("data/pocket-base"), models.lora_config(rank=4, alpha=8))
+    for name, p in model.named_parameters():
+        if "lora_B" in name: torch.nn.init.normal_(p, std=.05)
+    folder = tmp_path_factory.mktemp("adapter")
+    model.save_pretrained(folder)
+    return str(folder)

@@ -14,11 +14,13 @@ from looper_math.runs import assign, parameters_of, phases_of, read_recipe, reci
 FLOORS = [
     {"answers", "records"},
     {"ledger", "stats"},
-    {"regime_w"},
+    {"regime_w", "grading"},
     {"data"},
-    {"pocket"},
-    {"models"},
-    {"engines"},
+    {"audit", "pocket"},
+    {"models", "report"},
+    {"decoding"},
+    {"serving"},
+    {"cards", "engines"},
     {"show", "runs", "training"},
     {"sft", "rollouts", "preferences", "dpo", "evaluation"},
 ]

@@ -4,41 +4,9 @@ import json, os, shutil, signal, subprocess, sys, time
 import pytest
 from safetensors.torch import load_file
 
-from conftest import RUN, SMALL, papermill
-from looper_math import dpo
+from conftest import RUN, SMALL, kill_when, papermill, small, start
 from looper_math.records import ROOT, read_json, read_records, run_folder
-from looper_math.runs import launch, parameters_of
-
-WORKER = """
-import sys, json
-from looper_math import {module} as phase
-s = phase.{settings}(**json.loads(sys.argv[1]))
-phase.{call}(s)
-"""
-
-
-def small(phase: str, **changes) -> dict:
-    "Parameters of a phase: the notebook's defaults, the small run's, then `changes`."
-    defaults = {k: p.default for k, p in parameters_of(ROOT / "nbs" / f"{phase}.ipynb").items()}
-    return defaults | {"run": RUN} | SMALL[phase] | changes
-
-
-def start(module: str, settings: str, call: str, parameters: dict) -> subprocess.Popen:
-    "The phase in a process of its own, so that it can be killed."
-    code = WORKER.format(module=module, settings=settings, call=call)
-    return subprocess.Popen([sys.executable, "-c", code, json.dumps(parameters)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-
-def kill_when(process: subprocess.Popen, reached, limit: float = 120):
-    "Send SIGKILL as soon as `reached()` is true."
-    deadline = time.time() + limit
-    while not reached():
-        assert process.poll() is None, f"ended before it could be killed: {process.stderr.read()[-2000:]}"
-        assert time.time() < deadline, "never got to the point of the kill"
-        time.sleep(.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-
+from looper_math.runs import parameters_of
 
 def test_rollouts_resume_to_the_same_bytes(small_run):
     "kill -9 after the first shard lines, half a line added, then resume: the file of an unbroken run."
@@ -74,11 +42,11 @@ def test_dpo_alone_and_after_a_kill(small_run):
     assert done.returncode == 0, done.stderr[-3000:]
     unbroken = load_file(small_run / "04_dpo" / "adapter" / "adapter_model.safetensors")
     manifest = read_json(small_run / "04_dpo" / "manifest.json")
-    assert abs(manifest["metrics"]["step_zero"]["loss"] - .693147) < 1e-4 and manifest["metrics"]["least_gradient_norm"] > 0 and manifest["metrics"]["adapter_moved_by"] > 0
+    assert abs(manifest["metrics"]["step_zero"]["reward of chosen"]) < .1 and manifest["metrics"]["least_gradient_norm"] > 0 and manifest["metrics"]["adapter_moved_by"] > 0
 
     other = run_folder(RUN + "-killed")
     shutil.rmtree(other, ignore_errors=True)
-    inputs = dict(adapter=str(small_run / "01_sft" / "adapter"), pairs=str(small_run / "03_preferences" / "pairs.jsonl"))
+    inputs = dict(adapter=str(small_run / "01_sft" / "adapter"), pairs=str(small_run / "03_preferences" / "pairs.jsonl"), rollouts=str(small_run / "02_rollouts" / "rollouts.jsonl"))
     process = start("dpo", "DPOSettings", "main", small("04_dpo", run=other.name, **inputs))
     kill_when(process, lambda: any((c / "trainer_state.json").exists() for c in (other / "04_dpo" / "adapter").glob("checkpoint-*")))
     assert not (other / "04_dpo" / "manifest.json").exists()
@@ -87,18 +55,6 @@ def test_dpo_alone_and_after_a_kill(small_run):
     resumed = load_file(other / "04_dpo" / "adapter" / "adapter_model.safetensors")
     assert unbroken.keys() == resumed.keys()
     assert max((unbroken[k] - resumed[k]).abs().max().item() for k in unbroken) < 1e-5
-    shutil.rmtree(other)
-
-
-def test_dpo_on_two_processes(small_run):
-    "The launcher's two processes train one adapter at twice the effective batch."
-    other = run_folder(RUN + "-two")
-    shutil.rmtree(other, ignore_errors=True)
-    s = dpo.DPOSettings(**small("04_dpo", run=other.name, adapter=str(small_run / "01_sft" / "adapter"), pairs=str(small_run / "03_preferences" / "pairs.jsonl"), epochs=1, n_gpu=2))
-    launch("looper_math.dpo", s, n_gpu=2)
-    metrics = dpo.open_phase(s).manifest["metrics"]
-    assert metrics["effective_batch"] == 2 * SMALL["04_dpo"]["batch_size"] and metrics["adapter_moved_by"] > 0
-    assert abs(metrics["step_zero"]["loss"] - .693147) < 1e-4
     shutil.rmtree(other)
 
 

@@ -25,7 +25,7 @@ def trajectory(arm, text, reward, finish="stop"):
                 correct=answer == "7", reward=reward)
 
 
-TEXTS = st.sampled_from(["3 + 4 = 7", "4 + 3 = 7", "so 7", " so 7 ", "3 + 4 = 8", "3 * 4 = 12", "well 8", "", "perhaps 12"])
+TEXTS = st.sampled_from(["3 + 4 = 7", "3 + 1 = 4\n4 + 3 = 7", "3 + 1 = 4\n4 + 3 = 8", "3 + 1 = 4\n4 + 3 = 7\nso 7", "4 + 3 = 7", "so 7", " so 7 ", "3 + 4 = 8", "3 * 4 = 12", "well 8", "", "perhaps 12"])
 TRAJECTORIES = st.lists(st.builds(trajectory, st.sampled_from(ARMS), TEXTS, st.sampled_from([0., .5, .505, 1., 1.2, 1.5]),
                                   st.sampled_from(["stop", "stop", "length"])), min_size=1, max_size=11, unique_by=lambda t: t["arm_name"])
 ROLLOUTS = st.lists(TRAJECTORIES, max_size=4).map(
@@ -46,7 +46,13 @@ def test_every_pair_is_what_it_says(rollouts, rules):
     for pair in build_pairs(rollouts, **rules):
         chosen, rejected = sides(rollouts, pair)
         assert list(pair) == FIELDS
-        assert (pair["chosen"], pair["rejected"]) == (chosen["full_text"], rejected["full_text"])
+        asked = build_prompt(pair["question"]) if rules["prompt"] == "canonical" else chosen["prompt"]
+        if rules["policy"] == "first-error" and pair["pair_type"] == "correctness":
+            assert all(pair["prompt"] + pair[side] == asked + t["full_text"].strip() for side, t in (("chosen", chosen), ("rejected", rejected)))
+            assert pair["chosen"].split("\n")[0] != pair["rejected"].split("\n")[0] or "\n" not in min(pair["chosen"], pair["rejected"], key=lambda t: t.count("\n"))
+        else:
+            assert (pair["chosen"], pair["rejected"]) == (chosen["full_text"], rejected["full_text"])
+            assert pair["prompt"] == asked
         assert (pair["chosen_reward"], pair["rejected_reward"]) == (chosen["reward"], rejected["reward"])
         assert pair["chosen"].strip() != pair["rejected"].strip()
         assert chosen["correct"] and chosen["finish_reason"] == "stop"
@@ -54,7 +60,6 @@ def test_every_pair_is_what_it_says(rollouts, rules):
         if rejected["correct"]: assert chosen["reward"] - rejected["reward"] > rules["threshold"]
         if rules["pairing"] == "same-prompt": assert chosen["prompt"] == rejected["prompt"]
         if rules["pair_types"] != "both": assert pair["pair_type"] == rules["pair_types"]
-        assert pair["prompt"] == (build_prompt(pair["question"]) if rules["prompt"] == "canonical" else chosen["prompt"])
 
 
 @given(ROLLOUTS, RULES)

@@ -49,8 +49,9 @@ assert not (Path("broken").exists() and break_at == "plot"), "the plot broke"
         """
 assert len(list(records.iter_records(inputs["pairs"]))) == 3, "pairs are missing or twice there"
 models = {m: {"correct": c, "n": 100} for m, c in (("base", 40), ("sft", 50), ("dpo", 65))}
-paired = {"sft_vs_base": {"gained": 15, "lost": 5, "p": 0.041}, "dpo_vs_sft": {"gained": 20, "lost": 5, "p": 0.0041}}
-phase.finish([], metrics={"models": models, "paired": paired})
+change = lambda gained, lost, p: {"gained": gained, "lost": lost, "p": p, "p_holm": p, "difference": (gained - lost)/100, "interval": [0, 1], "sentence": f"{gained} gained."}
+test = {"models": models, "paired": {"sft_vs_base": change(15, 5, 0.041), "dpo_vs_sft": change(20, 5, 0.0041)}}
+phase.finish([], metrics=test | {"sets": {"test": test}, "sampled": {}, "warnings": []})
 """,
     ),
 }
@@ -117,7 +118,7 @@ def test_a_run_leaves_notebooks_pages_and_a_summary(done, capsys):
     assert got["pairs"] == {"correctness": 5, "coherence": 2} and set(got["seconds"]) == set(PHASES)
     assert all(s > 0 for s in got["seconds"].values())
     page = (folder / "report.html").read_text()
-    assert "65 / 100" in page and 'href="05_eval.html"' in page
+    assert "65 / 100" in page and 'href="05_eval.html"' in page and "20 gained." in page
     state = json.loads((folder / "run.json").read_text())
     assert state["recipe"] == "tiny" and state["parameters"]["03_preferences"]["seed"] == 7
 

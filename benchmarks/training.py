@@ -1,0 +1,120 @@
+"""DPO as phase 4 does it, beside the way of two full models: same pairs, same batches, one run.
+
+Ours keeps one base in memory, trains a LoRA adapter, and computes the reference's log-probabilities once, before the first update.
+The other way is what earlier scripts did: the policy and a second full copy of the model as reference, which runs at every update.
+
+    python benchmarks/training.py                                     # a Mistral of 110 million random weights, on the processor
+    python benchmarks/training.py --shape 7b --batch 2 --tokens 512   # the shape of Mistral-7B, for a GPU
+
+Each way runs in a process of its own, so that its peak memory is its own. The share of peak arithmetic (MFU) counts 6 FLOP a weight and
+trained token for a full training, and 4 for an adapter: forward 2, gradients of activations 2, none for the frozen weights.
+"""
+import argparse, json, resource, subprocess, sys, tempfile, time, warnings
+
+SHAPES = {"tiny": (64, 2, 4, 128, 512), "110m": (768, 12, 12, 2048, 4096), "7b": (4096, 32, 32, 14336, 32000)}  # width, layers, heads, feed-forward, vocabulary
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOP/s of the data sheets
+WAYS = ("ours", "two models")
+
+
+def model_of(shape: str, dtype):
+    "A Mistral with random weights."
+    import torch
+    from transformers import MistralConfig, MistralForCausalLM
+    width, layers, heads, feed, vocabulary = SHAPES[shape]
+    torch.manual_seed(0)
+    config = MistralConfig(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=max(1, heads // 4), intermediate_size=feed,
+                           vocab_size=vocabulary, sliding_window=None, max_position_embeddings=4096)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"): return MistralForCausalLM(config).to(dtype)
+
+
+def pairs_of(n: int, tokens: int, vocabulary: int):
+    "Pairs of random words, one token each: half of `tokens` are the prompt."
+    import numpy as np
+    from datasets import Dataset
+    rng = np.random.default_rng(0)
+    draw = lambda: " ".join(f"t{i}" for i in rng.integers(3, vocabulary, tokens // 2))
+    return Dataset.from_list([{"prompt": draw(), "chosen": " " + draw(), "rejected": " " + draw()} for _ in range(n)])
+
+
+def tokenizer_of(vocabulary: int):
+    "A tokenizer with one token a word."
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(vocabulary)}, unk_token="t0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t0", eos_token="t2")
+
+
+def measure(way: str, a) -> dict:
+    "Train for a few updates one way; seconds an update and peak memory."
+    import torch
+    from peft import get_peft_model
+    from trl import DPOConfig, DPOTrainer
+    from looper_math import models, training
+    warnings.simplefilter("ignore")
+    gpu, kind = torch.cuda.is_available(), training.precision()
+    dtype = torch.bfloat16 if gpu else torch.float32
+    policy = get_peft_model(model_of(a.shape, dtype), models.lora_config())
+    ours = way == "ours"
+    rows = pairs_of(a.batch * a.updates, a.tokens, SHAPES[a.shape][-1])
+    with tempfile.TemporaryDirectory() as folder:
+        config = DPOConfig(output_dir=folder, per_device_train_batch_size=a.batch, max_steps=a.updates, learning_rate=1e-5, max_length=4096, save_strategy="no", report_to="none", disable_tqdm=True,
+                           bf16=kind == "bf16", use_cpu=not gpu, precompute_ref_log_probs=ours, gradient_checkpointing=a.checkpointing, logging_steps=1)
+        start = time.perf_counter()
+        trainer = DPOTrainer(policy, ref_model=None if ours else model_of(a.shape, dtype), args=training.one_device(config), train_dataset=rows, processing_class=tokenizer_of(SHAPES[a.shape][-1]))
+        prepared = time.perf_counter() - start
+        stamps = []
+        trainer.add_callback(_Clock(stamps))
+        trainer.train()
+    steps = sorted(b - a for a, b in zip(stamps, stamps[1:]))
+    weights = sum(p.numel() for p in policy.parameters())
+    peak = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"way": way, "seconds": steps[len(steps) // 2], "preparing": prepared if ours else 0., "memory": peak, "weights": weights, "loss": trainer.state.log_history[0]["loss"],
+            "device": torch.cuda.get_device_name() if gpu else "processor"}
+
+
+def _Clock(stamps: list):
+    "A callback that notes when each update ended."
+    import torch
+    from transformers import TrainerCallback
+    class Clock(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            if torch.cuda.is_available(): torch.cuda.synchronize()
+            stamps.append(time.perf_counter())
+    return Clock()
+
+
+def report(found: list[dict], a):
+    "Print both ways and their ratios."
+    trained = 2 * a.batch * a.tokens
+    print(f"{found[0]['weights']:,} weights on {found[0]['device']}, {a.batch} pairs of 2 × {a.tokens} tokens an update, median of {a.updates - 1} updates")
+    print(f"{'way':<12}{'s/update':>10}{'tokens/s':>10}{'peak GB':>10}{'MFU':>8}")
+    for f in found:
+        flops = next((v for k, v in PEAK.items() if k in f["device"]), None)
+        mfu = f"{4 * f['weights'] * trained / f['seconds'] / flops:.1%}" if flops else "–"
+        print(f"{f['way']:<12}{f['seconds']:>10.3f}{trained / f['seconds']:>10.0f}{f['memory'] / 1e9:>10.2f}{mfu:>8}")
+    ours, other = found
+    print(f"ours / two models: time {ours['seconds'] / other['seconds']:.2f}, memory {ours['memory'] / other['memory']:.2f}; reference computed before training: {ours['preparing']:.1f} s with the set-up, once for all epochs")
+    print(f"loss of the first update: {ours['loss']:.4f} and {other['loss']:.4f}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="110m")
+    parser.add_argument("--batch", type=int, default=1, help="pairs an update")
+    parser.add_argument("--tokens", type=int, default=256, help="of a prompt with one completion")
+    parser.add_argument("--updates", type=int, default=6)
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    a = parser.parse_args()
+    if a.way:
+        print(json.dumps(measure(a.way, a)))
+        return
+    found = []
+    for way in WAYS:
+        done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--way", way], stdout=subprocess.PIPE, text=True, check=True)
+        found.append(json.loads(done.stdout.strip().splitlines()[-1]))
+    report(found, a)
+
+
+if __name__ == "__main__": main()

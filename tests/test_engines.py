@@ -1,0 +1,100 @@
+"Samples that depend on their request alone, children that end with their parent, and pickled checkpoints of a hub."
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import huggingface_hub.constants
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from looper_math import engines, models
+from looper_math.data import load_questions
+from looper_math.records import ROOT, write_json
+from looper_math.regime_w import arms, sample_seed
+from looper_math.data import build_prompt
+
+BASE = "data/pocket-base"
+
+
+@pytest.fixture(scope="module")
+def pocket(): return models.load_base(BASE), models.load_tokenizer(BASE)
+
+
+@pytest.fixture(scope="module")
+def requests():
+    "The arms of four questions, shorter and longer."
+    questions = load_questions("data/pocket/practice.jsonl", limit=4)
+    return [engines.Request(f"{q['question_id']}/{a.name}", build_prompt(q["question"], a.instruction), a.temperature, a.top_p, sample_seed(a, q["question_id"]), 12 + k % 9)
+            for q in questions for k, a in enumerate(arms())]
+
+
+@pytest.fixture(scope="module")
+def together(requests, pocket): return {c.id: c for c in engines.generate_transformers(requests, *pocket)}
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_a_sample_is_a_function_of_its_request(data, requests, together, pocket):
+    "Any selection in any order and batches of any size: the completions that all of them together had."
+    chosen = data.draw(st.permutations(requests))[:data.draw(st.integers(1, len(requests)))]
+    made = engines.generate_transformers(chosen, *pocket, batch_size=data.draw(st.integers(1, 40)))
+    assert made == [together[r.id] for r in chosen]
+
+
+def test_an_engine_does_not_outlive_a_killed_parent():
+    "The engine's process ends although it is in the middle of its work."
+    serving = "import time; from looper_math.serving import serve; serve(lambda settings: lambda jobs: time.sleep(600))"
+    parent = f"import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', {serving!r}], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True); print(1, file=p.stdin); print([], file=p.stdin, flush=True); p.stdout.readline(); print(p.pid, flush=True); time.sleep(600)"
+    process = subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    child = int(process.stdout.readline())
+    os.kill(child, 0)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    deadline = time.time() + 10
+    while time.time() < deadline:
+        try: os.kill(child, 0)
+        except ProcessLookupError: break
+        if f") Z " in open(f"/proc/{child}/stat").read(): break    # ended, and not yet fetched by init
+        time.sleep(.05)
+    else: pytest.fail("the engine is still running")
+    process.stdout.close()
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    "A hub cache without network that holds a model as two pickled shards, as Abel's."
+    snapshot = tmp_path / "hub/models--someone--pickled/snapshots/0123abcd"
+    shutil.copytree(ROOT / BASE, snapshot)
+    weights = load_file(snapshot / "model.safetensors")
+    (snapshot / "model.safetensors").unlink()
+    shards = {f"pytorch_model-0000{k + 1}-of-00002.bin": dict(list(weights.items())[k::2]) for k in range(2)}
+    for name, part in shards.items(): torch.save(part, snapshot / name)
+    write_json(snapshot / "pytorch_model.bin.index.json", {"metadata": {}, "weight_map": {w: name for name, part in shards.items() for w in part}})
+    refs = tmp_path / "hub/models--someone--pickled/refs"
+    refs.mkdir()
+    (refs / "main").write_text("0123abcd")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(models, "CONVERTED", tmp_path / "converted")
+    return weights
+
+
+def test_a_pickled_hub_model_is_converted_once(hub, monkeypatch):
+    "By whoever comes first, while the others wait; then all load the same safetensors."
+    calls, convert = [], models._convert
+    monkeypatch.setattr(models, "_convert", lambda *a: (calls.append(a), convert(*a)))
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(models.source("someone/pickled"))) for _ in range(3)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    assert len(calls) == 1 and len(set(found)) == 1
+    loaded = models.load_base("someone/pickled").state_dict()
+    assert all(torch.equal(loaded[k], w) for k, w in hub.items())
+    with pytest.raises(FileNotFoundError): models.source("someone/else")

@@ -1,0 +1,157 @@
+"Phase 5 on several models, styles and processes; killed and resumed; its summary, report and cards."
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+
+from looper_math import cards, evaluation, report, runs
+from looper_math.grading import VERDICTS
+from looper_math.records import ROOT, RunConflict, SettingsError, read_json, read_records, run_folder, write_json
+from looper_math.runs import parameters_of
+
+RUN = "pytest-eval"
+FAST = {"limit": 20, "chunk": 8, "samples": 2, "sampled_questions": 4, "sampled_models": 1, "arm_set": "guide-8", "harder": "", "max_new_tokens": 120}
+
+
+def settings(adapter, run=RUN, **changes):
+    "The notebook's parameters, cut down; three models, two of which are the same."
+    defaults = {name: p.default for name, p in parameters_of(ROOT / "nbs/05_eval.ipynb").items()}
+    models = {"base": "", "copy": "data/pocket-base", "sft": adapter}
+    return evaluation.EvalSettings(**defaults | FAST | {"run": run, "models": models, "styles": ["training", "five-shot"]} | changes)
+
+
+def answers(s):
+    "Every file of answers with its bytes."
+    return {p.name: p.read_bytes() for p in s.folder.glob("*.jsonl")}
+
+
+@pytest.fixture(scope="module")
+def done(random_adapter):
+    "The phase on one process."
+    shutil.rmtree(run_folder(RUN), ignore_errors=True)
+    s = settings(random_adapter)
+    evaluation.run_phase(s)
+    yield s
+    shutil.rmtree(run_folder(RUN))
+
+
+def test_files_and_counts(done):
+    rows = {p.stem: pd.DataFrame(read_records(p)) for p in done.folder.glob("*.jsonl")}
+    assert set(rows) == {"test-base", "test-copy", "test-sft", "test-base-five-shot", "test-copy-five-shot", "test-sft-five-shot", "test-sft-samples", "test-sft-arms"}
+    assert {name: len(r) for name, r in rows.items() if "sft" in name} == {"test-sft": 20, "test-sft-five-shot": 20, "test-sft-samples": 8, "test-sft-arms": 32}
+    assert (rows["test-base"].completion == rows["test-copy"].completion).all() and (rows["test-base"].completion != rows["test-sft"].completion).any()
+    assert all(set(VERDICTS) <= set(r) for r in rows.values()) and rows["test-sft-arms"]["sample"].nunique() == 8
+    assert set(rows["test-sft"].temperature) == {0} and set(rows["test-sft-samples"].temperature) == {done.temperature}
+    metrics = evaluation.open_phase(done).manifest["metrics"]
+    assert metrics["models"]["base"]["correct"] == rows["test-base"].correct.sum() and metrics["paired"]["copy_vs_base"]["gained"] == metrics["paired"]["copy_vs_base"]["lost"] == 0
+    assert set(metrics["paired"]) == {f"{b}{s}_vs_{a}{s}" for s in ("", "-five-shot") for a, b in done.pairs}
+    assert all(c["p_holm"] >= c["p"] for c in metrics["paired"].values()) and metrics["sampled"]["sft-samples"]["k"] == 2 and metrics["sampled"]["sft-arms"]["k"] == 8
+    again = evaluation.rescore(done.folder / "test-base.jsonl")
+    assert again.accuracy == (metrics["models"]["base"]["correct"], 20) and not again.findings["recorded verdict differs"] and not again.findings["prompt echo"]
+
+
+def test_two_processes_give_the_same_bytes(done, random_adapter):
+    s = settings(random_adapter, f"{RUN}-two", n_gpu=2)
+    shutil.rmtree(s.folder.parent, ignore_errors=True)
+    evaluation.run_phase(s)
+    assert answers(s) == answers(done) and not list(s.folder.glob("*.shard*")) + list(s.folder.glob("*.part"))
+    shutil.rmtree(s.folder.parent)
+
+
+def test_killed_and_resumed_to_the_same_bytes(done, random_adapter):
+    s = settings(random_adapter, f"{RUN}-killed")
+    shutil.rmtree(s.folder.parent, ignore_errors=True)
+    code = "import json, sys; from looper_math import evaluation as e; e.run_phase(e.EvalSettings(**json.loads(sys.argv[1])))"
+    process = subprocess.Popen([sys.executable, "-c", code, json.dumps(vars(s))], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    shard = s.folder / "test-base-five-shot.shard-0"
+    deadline = time.time() + 120
+    while not (shard.exists() and shard.stat().st_size):
+        assert process.poll() is None and time.time() < deadline, "never got to the point of the kill"
+        time.sleep(.01)
+    process.kill()
+    process.wait()
+    assert not (s.folder / "manifest.json").exists()
+    with shard.open("ab") as f:
+        f.write(b'{"question_id": "torn')
+    with pytest.warns(UserWarning, match="torn last line"):
+        evaluation.run_phase(s)
+    assert answers(s) == answers(done)
+    shutil.rmtree(s.folder.parent)
+
+
+def test_other_models_in_the_same_folder_are_refused(done, random_adapter):
+    before = answers(done)
+    with pytest.raises(RunConflict, match="models"):
+        evaluation.run_phase(replace(done, models={"base": ""}))
+    with pytest.raises(FileNotFoundError, match="no such model folder"):
+        evaluation.run_phase(settings(random_adapter, f"{RUN}-none", models={"sft": "01_sft/adapter"}))
+    assert answers(done) == before and not run_folder(f"{RUN}-none").exists()
+
+
+def test_a_model_that_is_not_there_is_refused_by_the_runner():
+    "Before the first phase, and a model that an earlier phase of the call will make is not."
+    looper = [str(os.path.join(os.path.dirname(sys.executable), "looper")), "run", "smoke", "--run", "pytest-missing-model"]
+    bad = subprocess.run([*looper, "-p", "05_eval.models={base: '', dpo: 04_dpo/adapter, other: 07_none/adapter}"], cwd=ROOT, capture_output=True, text=True)
+    assert bad.returncode == 2 and "05_eval.models.other: there is no outputs/pytest-missing-model/07_none/adapter" in bad.stderr, bad.stderr
+    assert not run_folder("pytest-missing-model").exists()
+
+
+@pytest.fixture
+def finished(done):
+    "The evaluated run, made whole by stand-ins for the manifests of phases 2 and 3."
+    folder = run_folder(RUN)
+    common = {"git_commit": "", "versions": {}}
+    write_json(folder / "02_rollouts/manifest.json", common | {"parameters": {"arm_set": "guide-8", "preset": "guide-8", "questions": "q.jsonl"}, "counts": {"questions": 3, "trajectories": 24}, "metrics": {"accuracy": .5}})
+    write_json(folder / "03_preferences/manifest.json", common | {"parameters": {"policy": "all"}, "counts": {"correctness": 5, "coherence": 2}, "metrics": {}})
+    write_json(folder / "run.json", {"recipe": "pocket", "parameters": {}, "seconds": {"05_eval": 61.0}})
+    return folder
+
+
+def test_report_and_comparison_of_two_runs(finished, capsys):
+    page = report.report_page(finished, ["05_eval"])
+    metrics = read_json(finished / "05_eval/manifest.json")["metrics"]
+    assert f"{metrics['models']['sft']['correct']} / 20" in page and 'href="05_eval.html"' in page and "not measurable" in page
+    assert all(c["sentence"].split(":")[0] in page for c in metrics["paired"].values())
+    verdicts = report.criteria(finished).set_index("criterion").verdict
+    assert verdicts["3,000 to 5,000 pairs"] == "fail" and verdicts["DPO's loss falls over 3 epochs"] == "not measurable"
+
+    other = run_folder(f"{RUN}-other")
+    shutil.rmtree(other, ignore_errors=True)
+    shutil.copytree(finished, other)
+    rows = read_records(other / "05_eval/test-sft.jsonl")
+    right = [k for k, r in enumerate(rows) if r["correct"]]
+    for r in rows:
+        r["correct"] = not r["correct"]
+    (other / "05_eval/test-sft.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[::-1]))
+    runs.looper(["compare", RUN, f"{RUN}-other"])
+    line = next(x.split() for x in capsys.readouterr().out.splitlines() if x.split()[:1] == ["test-sft"])
+    assert line[1:6] == [str(len(right)), str(20 - len(right)), "20", f"+{20 - len(right)}", f"-{len(right)}"]
+    shutil.rmtree(other)
+    with pytest.raises(SystemExit):
+        runs.looper(["compare", RUN, "pytest-nowhere"])
+    assert "the run 'pytest-nowhere' is not there" in capsys.readouterr().err
+
+
+def test_cards_hold_the_true_numbers_and_nothing_is_sent(finished, monkeypatch, capsys):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(cards, "HfApi", lambda **k: pytest.fail("the hub was asked"))
+    runs.looper(["card", RUN, "--model", "sft"])
+    assert capsys.readouterr().out.split() == [f"outputs/{RUN}/cards/model/README.md", f"outputs/{RUN}/cards/dataset/README.md"]
+    model = (finished / "cards/model/README.md").read_text()
+    right = read_json(finished / "05_eval/manifest.json")["metrics"]["models"]["sft"]["correct"]
+    assert f"| test | sft | {right} of 20 | {right/20:.1%} |" in model and f"value: {right/20}" in model
+    with pytest.raises(SystemExit) as stop:
+        runs.looper(["card", RUN, "--model", "sft", "--push", "me/it"])
+    assert stop.value.code == 2 and "HF_TOKEN is not set" in capsys.readouterr().err
+
+
+def test_settings_are_checked(done):
+    for wrong, said in [({"comparisons": [["base", "stf"]]}, "a comparison is"), ({"styles": ["native"]}, "native_template"), ({"temperature": 0.0}, "temperature"), ({"arm_set": "none"}, "none"), ({"samples": -1}, "samples")]:
+        with pytest.raises((SettingsError, ValueError, KeyError), match=said):
+            replace(done, **wrong)

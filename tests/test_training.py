@@ -1,0 +1,100 @@
+"Training on several processes, after a kill, on own solutions, and with its control."
+import shutil
+
+import pytest
+from safetensors.torch import load_file
+
+from conftest import RUN, SMALL, kill_when, papermill, small, start
+from looper_math import dpo, sft, training
+from looper_math.data import load_questions
+from looper_math.records import read_json, read_records, run_folder
+from looper_math.runs import launch
+
+ADAPTER = "adapter_model.safetensors"
+
+
+def distance(a, b) -> float:
+    "The largest difference between two adapters' weights."
+    x, y = load_file(a / ADAPTER), load_file(b / ADAPTER)
+    assert x.keys() == y.keys()
+    return max((x[k] - y[k]).abs().max().item() for k in x)
+
+
+def fresh(name: str):
+    "The folder of a run that begins with nothing."
+    folder = run_folder(f"{RUN}-{name}")
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
+
+
+@pytest.fixture
+def inputs(small_run):
+    "What phase 4 reads, from the small run."
+    return dict(adapter=str(small_run / "01_sft" / "adapter"), pairs=str(small_run / "03_preferences" / "pairs.jsonl"), rollouts=str(small_run / "02_rollouts" / "rollouts.jsonl"))
+
+
+@pytest.mark.parametrize("module, settings, phase, trained", [(sft, sft.SFTSettings, "01_sft", "adapter"), (dpo, dpo.DPOSettings, "04_dpo", "trained")], ids=["sft", "dpo"])
+def test_two_processes_lose_what_one_loses(inputs, module, settings, phase, trained):
+    "Half the batch on each of two processes: the loss of every update is that of one process with the whole batch, to 0.1 %. (DPO's likelihood term is a mean over the tokens of a process, so it is left out here.)"
+    shared = dict(learning_rate=1e-3, epochs=1, dev="", mixed_precision="no", group_by_length=False) | (inputs | dict(control=False, nll_weight=0.) if phase == "04_dpo" else {"limit": 40})
+    logs = []
+    for n in (1, 2):
+        folder = fresh(f"{n}-processes")
+        s = settings(**small(phase, run=folder.name, n_gpu=n, batch_size=8 // n, **shared))
+        assert s.effective_batch == 8
+        launch(f"looper_math.{module.__name__.split('.')[-1]}", s, n_gpu=n)
+        logs.append(training.history(getattr(s, trained)).loss)
+        shutil.rmtree(folder)
+    assert len(logs[0]) > 3 and list(logs[0].index) == list(logs[1].index)
+    assert (abs(logs[0] - logs[1]) / logs[0]).max() < 1e-3, (logs[0].tolist(), logs[1].tolist())
+
+
+def test_sft_after_a_kill(small_run):
+    "kill -9 after the first epoch, then the phase again: the adapter of an unbroken training, and a checkpoint for each epoch."
+    parameters = dict(epochs=2, limit=40, dev="")
+    folders = [fresh("sft-unbroken"), fresh("sft-killed")]
+    process = start("sft", "SFTSettings", "main", small("01_sft", run=folders[1].name, **parameters))
+    kill_when(process, lambda: training.checkpoints(folders[1] / "01_sft" / "adapter"))
+    assert not (folders[1] / "01_sft" / "manifest.json").exists()
+    for folder in folders: sft.main(sft.SFTSettings(**small("01_sft", run=folder.name, **parameters)))
+    unbroken, resumed = (f / "01_sft" / "adapter" for f in folders)
+    assert distance(unbroken, resumed) < 1e-5
+    assert len(training.checkpoints(resumed)) == 2
+    for folder in folders: shutil.rmtree(folder)
+
+
+def test_own_solutions_as_demonstrations(small_run):
+    "SFT on the right solutions of rollouts, by plain papermill; as many rows as distinct right solutions, and the held-out answers beside the adapter."
+    folder = fresh("self")
+    rollouts = small_run / "02_rollouts" / "rollouts.jsonl"
+    done = papermill("01_sft", folder / "01_sft.ipynb", run=folder.name, targets="self", rollouts=str(rollouts), own_cap=2, keep="best")
+    assert done.returncode == 0, done.stderr[-3000:]
+    manifest = read_json(folder / "01_sft" / "manifest.json")
+    distinct = [len({t["full_text"].strip() for t in r["trajectories"] if t["correct"] and t["finish_reason"] == "stop"}) for r in read_records(rollouts)]
+    assert manifest["counts"]["rows"] == sum(min(2, n) for n in distinct) > 0
+    assert manifest["metrics"]["heldout"]["n"] == SMALL["01_sft"]["dev_limit"]
+    assert {r["stage"] for r in read_records(folder / "01_sft" / "heldout.jsonl")} == {"base", "epoch 1"}
+    shutil.rmtree(folder)
+
+
+def test_the_control_is_trained_beside_dpo(inputs):
+    "As many updates as DPO, another adapter than DPO's, and both answer the held-out questions."
+    folder = fresh("control")
+    s = dpo.DPOSettings(**small("04_dpo", run=folder.name, **inputs))
+    dpo.main(s)
+    steps = [read_json(f / "trainer_state.json")["global_step"] for f in (s.trained, s.controlled)]
+    assert steps[0] == steps[1] > 0
+    assert distance(s.trained, s.controlled) > 1e-4
+    assert [r["stage"] for r in read_records(s.folder / "heldout.jsonl")][:: SMALL["04_dpo"]["dev_limit"]] == ["SFT", "epoch 1", "epoch 2", "control"]
+    shutil.rmtree(folder)
+
+
+def test_held_out_questions_may_not_be_trained_on(inputs, tmp_path):
+    "Refused before anything is written."
+    folder = fresh("leak")
+    asked = read_records(inputs["pairs"])[0]["question"]
+    leak = next(q for q in load_questions("data/pocket/practice.jsonl") if q["question"] == asked)
+    (tmp_path / "dev.jsonl").write_text('{"question": "%s", "answer": "Answer: %s"}\n' % (leak["question"], leak["gold_answer"]))
+    done = papermill("04_dpo", tmp_path / "out.ipynb", run=folder.name, dev=str(tmp_path / "dev.jsonl"), **inputs)
+    assert done.returncode != 0 and "are also in" in done.stderr
+    assert not folder.exists()
