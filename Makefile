@@ -84,9 +84,10 @@ test-smoke: $(READY)
 	@$(BIN)/looper run smoke --run smoke-test
 	@test -f outputs/smoke-test/summary.json || { echo "the smoke run left no summary.json" >&2; exit 1; }
 
+test-python: export OMP_NUM_THREADS := 1
 test-python: $(READY)
 	@echo "== pytest"
-	@$(BIN)/python -m pytest -q tests
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile tests
 
 # vLLM lies in an environment of its own on top of .venv: it wants another lark than JupyterLab has, and where it is
 # installed TRL imports it on every start. The wheel is fetched first, so that a machine where it can't be had is told apart

@@ -24,7 +24,7 @@ from .records import Phase, RecordError, RecordWriter, existing, read_records, r
 from .report import located
 from .stats import holm, p_text, wilson
 
-# %% ../nbs/05_eval.ipynb #16f2342f
+# %% ../nbs/05_eval.ipynb #fa1b7b77
 STYLES = ("training", "native", "five-shot")
 
 @dataclass
@@ -72,7 +72,7 @@ class EvalSettings:
         plain = lambda name: isinstance(name, str) and name and all(c.isalnum() or c == "_" for c in name)
         require(bool(self.models) and all(plain(name) and isinstance(source, str) for name, source in self.models.items()),
                 f"models must map names of letters, digits and '_' to '', a folder or a hub name, got {self.models}")
-        for pair in self.comparisons: require(isinstance(pair, list) and len(pair) == 2 and set(pair) <= set(self.models), f"a comparison is a pair of {', '.join(self.models)}, got {pair}")
+        for pair in self.comparisons: require(isinstance(pair, list) and len(pair) == 2 and set(pair) <= set(self.models), f"a comparison is a pair of {', '.join(self.models)}, got {pair}; give comparisons for these models, or [] to have them derived")
 
     @property
     def folder(self) -> Path: return run_folder(self.run)/"05_eval"

@@ -1,5 +1,5 @@
 "A small but real run that several tests share: a short SFT, a few rollouts, their pairs."
-import json, shutil, signal, subprocess, sys, time
+import json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -7,7 +7,7 @@ import pytest
 from looper_math.records import ROOT, run_folder
 from looper_math.runs import parameters_of
 
-RUN = "pytest-pipeline"
+RUN = "pytest-" + os.environ.get("PYTEST_XDIST_WORKER", "pipeline")   # workers side by side must not share a run
 SMALL = {
     "01_sft": {"limit": 96, "epochs": 1, "dev_limit": 8},
     "02_rollouts": {"limit": 24, "chunk": 8},

@@ -23,7 +23,7 @@ def settings(adapter, run=RUN, **changes):
     "The notebook's parameters, cut down; three models, two of which are the same."
     defaults = {name: p.default for name, p in parameters_of(ROOT / "nbs/05_eval.ipynb").items()}
     models = {"base": "", "copy": "data/pocket-base", "sft": adapter}
-    return evaluation.EvalSettings(**defaults | FAST | {"run": run, "models": models, "styles": ["training", "five-shot"]} | changes)
+    return evaluation.EvalSettings(**defaults | FAST | {"run": run, "models": models, "comparisons": [], "styles": ["training", "five-shot"]} | changes)
 
 
 def answers(s):
