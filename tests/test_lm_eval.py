@@ -8,7 +8,7 @@ from looper_math import audit, engines, evaluation, regime_w
 from looper_math.data import build_prompt, load_questions
 from looper_math.records import ROOT, resolve
 
-pytest.importorskip("lm_eval", reason="lm-eval is installed by `make test-lm-eval`")
+pytest.importorskip("lm_eval.tasks", reason="lm-eval is installed by `make test-lm-eval`")
 N = 200
 TASKS = ROOT / "tests/lm_eval"
 

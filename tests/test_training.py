@@ -45,8 +45,10 @@ def test_two_processes_lose_what_one_loses(inputs, module, settings, phase, trai
         launch(f"looper_math.{module.__name__.split('.')[-1]}", s, n_gpu=n)
         logs.append(training.history(getattr(s, trained)).loss)
         shutil.rmtree(folder)
-    assert len(logs[0]) > 3 and list(logs[0].index) == list(logs[1].index)
-    assert (abs(logs[0] - logs[1]) / logs[0]).max() < 1e-3, (logs[0].tolist(), logs[1].tolist())
+    rows = len(read_records(inputs["pairs"])) if phase == "04_dpo" else shared["limit"]
+    one, two = (log.iloc[:rows // 8] for log in logs)   # a last batch that is not full is filled up with repeated rows on two processes
+    assert len(one) >= 3 and list(one.index) == list(two.index)
+    assert (abs(one - two) / one).max() < 1e-3, (one.tolist(), two.tolist())
 
 
 def test_sft_after_a_kill(small_run):
