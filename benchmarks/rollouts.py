@@ -35,6 +35,7 @@ from looper_math import decoding, engines, models, rollouts
 from looper_math.data import load_questions
 from looper_math.records import ROOT
 from looper_math.runs import parameters_of
+from looper_math.trajectories import requests_for
 
 PEAKS = {"H200": (989e12, 4.8e12), "H100": (989e12, 3.35e12), "A100": (312e12, 2.04e12)}  # bf16 operations and bytes a second, dense, SXM
 SHAPES = {
@@ -101,7 +102,7 @@ def phase_2(meter, s, generate, questions):
 def chunks_of_jobs(s, questions, tokenizer, context):
     "The requests of each chunk as jobs, as the engine gets them."
     for i in range(0, len(questions), s.chunk):
-        yield engines.tokenize([r for q in questions[i:i + s.chunk] for r in rollouts.requests_for(q, s)], tokenizer, context)
+        yield engines.tokenize([r for q in questions[i:i + s.chunk] for r in requests_for(q, s.arms, s.template, s.max_new_tokens)], tokenizer, context)
 
 
 def decode_loop(meter, s, model, tokenizer, ends, questions):
@@ -129,7 +130,7 @@ def generate_same(meter, s, model, tokenizer, ends, questions):
 def generate_grouped(meter, s, model, tokenizer, ends, questions, size):
     "`size` prompts at a time: eleven are one question, one is one prompt."
     for question in questions:
-        jobs = engines.tokenize(rollouts.requests_for(question, s), tokenizer, model.config.max_position_embeddings)
+        jobs = engines.tokenize(requests_for(question, s.arms, s.template, s.max_new_tokens), tokenizer, model.config.max_position_embeddings)
         for i in range(0, len(jobs), size):
             with meter.turn(): tokens, texts = library(model, tokenizer, jobs[i:i + size], ends)
             meter.add(len(texts), tokens)
@@ -237,7 +238,7 @@ def main():
     base = random_model(args.shape, args.dtype) if args.shape else args.base
     s = rollouts.RolloutSettings(**defaults | dict(run="benchmark", base=base, adapter="none" if args.shape else args.adapter or "none", engine=args.engine, dtype=args.dtype, batch_size=args.batch_size, chunk=args.chunk, max_new_tokens=args.max_new_tokens))
     questions = load_questions(s.questions, limit=args.questions)
-    print(f"{len(questions)} questions, {len(rollouts.requests_for(questions[0], s))} arms, {args.shape or s.base}, {torch.get_num_threads()} cores, {device_name()}")
+    print(f"{len(questions)} questions, {len(requests_for(questions[0], s.arms, s.template, s.max_new_tokens))} arms, {args.shape or s.base}, {torch.get_num_threads()} cores, {device_name()}")
     (on_vllm if args.engine == "vllm" else on_transformers)(args, s, questions)
 
 

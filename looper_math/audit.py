@@ -108,7 +108,7 @@ def cut_off(text: str, finish # the log's word for why generation ended, None wh
     if finish is not None: return str(finish).lower() in ("length", "max_tokens", "max_length")
     return not (announces(text) or _FULL_STOP.search(text) or _LABELLED.search(text))
 
-# %% ../nbs/lib/audit.ipynb #56fa6086
+# %% ../nbs/lib/audit.ipynb #c8cf642e
 FINDINGS = ("prompt echo", "cut off", "no answer", "no announced answer", "instruction number", "same wrong answer", "gold does not round-trip", "unreadable gold", "duplicate question",
             "recorded verdict differs", "graders disagree", "unknown question", "gold differs from the reference", "other order")
 
@@ -120,7 +120,7 @@ def _audit(row: dict, # question, gold_text, completion, prompt, recorded, finis
     cut = max(echoed(text, row["prompt"]), echoed(text, question))
     while cut and (line := text[cut:].lstrip("\n").partition("\n")[0].strip()) and line in shared: cut = text.index(line, cut) + len(line)
     body, gold = text[cut:], gold_answer(row["gold_text"])
-    verdicts = grade(body, gold)
+    verdicts = grade(body, gold, row["prompt"])
     foreign = _numbers(row["prompt"].replace(question, "") + "\n" + instruction) | set(shared.values())
     read = extract_answer(text)
     wrong = not same_answer(read, gold)

@@ -6,11 +6,11 @@
 __all__ = ['HUB', 'TEMPLATE', 'NATIVE_TEMPLATES', 'OWN', 'question_id', 'gold_answer', 'DataError', 'load_questions',
            'check_disjoint', 'split_questions', 'build_prompt', 'sft_target', 'training_rows', 'own_solutions']
 
-# %% ../nbs/lib/data.ipynb #82feb412
+# %% ../nbs/lib/data.ipynb #fcde8a0a
 import difflib, hashlib, json, re
 from pathlib import Path
 
-from .answers import extract_answer, format_answer, parse_answer, split_reasoning
+from .answers import THINK, THOUGHT, extract_answer, format_answer, opens_thought, parse_answer, split_reasoning, with_thought
 from .records import resolve
 from .regime_w import CANONICAL
 
@@ -151,12 +151,13 @@ def build_prompt(question: str,
     filled = {"question": question, "instruction": instruction}
     return re.sub(r"\{(question|instruction)\}", lambda m: filled[m[1]], template)
 
-# %% ../nbs/lib/data.ipynb #5f106c91
+# %% ../nbs/lib/data.ipynb #391faed9
 _MARK = re.compile(r"<<[^<>\n]*>>")
 _ANSWER_LINE = re.compile(r"^\W*(?:####|answer\s*:).*$", re.IGNORECASE | re.MULTILINE)
 
 def sft_target(answer: str, # a worked solution that announces its number, or a bare number
-               marks: str = "strip" # calculator marks: "strip" or "keep"
+               marks: str = "strip", # calculator marks: "strip" or "keep"
+               thinking: bool = False # whether the prompt has opened a thought, which is then closed before the answer
               ) -> str: # the reasoning, then exactly one line "Answer: N"
     "Completion that teaches a solution; raises `DataError` when it states no number."
     if marks not in ("strip", "keep"): raise DataError(f"marks must be 'strip' or 'keep', got {marks!r}")
@@ -165,18 +166,18 @@ def sft_target(answer: str, # a worked solution that announces its number, or a 
     reasoning = split_reasoning(answer) if extract_answer(answer, mode="strict") is not None else ""
     if marks == "strip": reasoning = _MARK.sub("", reasoning)
     lines = [line for line in reasoning.split("\n") if line.strip() and not _ANSWER_LINE.match(line)]
-    return "\n".join([*lines, f"Answer: {gold}"])
+    return "\n".join([*lines, *([f"{THOUGHT}\n"] if thinking else []), f"Answer: {gold}"])
 
-# %% ../nbs/lib/data.ipynb #b656a810
+# %% ../nbs/lib/data.ipynb #9806a6b3
 def training_rows(questions: list[dict],
                   template: str = TEMPLATE,
                   instruction: str = CANONICAL,
                   marks: str = "strip"
                  ) -> list[dict]: # {"prompt", "completion"}, one a question; the trainer adds the end-of-text token
     "Prompt–completion rows for supervised fine-tuning, in the order of the questions."
-    return [{"prompt": build_prompt(q["question"], instruction, template), "completion": sft_target(q["answer"], marks)} for q in questions]
+    return [{"prompt": build_prompt(q["question"], instruction, template), "completion": sft_target(q["answer"], marks, opens_thought(template))} for q in questions]
 
-# %% ../nbs/lib/data.ipynb #b366f33c
+# %% ../nbs/lib/data.ipynb #731969d7
 OWN = {"question_id": str, "question": str, "trajectories": list}  # what `own_solutions` needs of a rollout record
 
 def own_solutions(records: list[dict], # rollout records
@@ -184,10 +185,13 @@ def own_solutions(records: list[dict], # rollout records
                   template: str = TEMPLATE,
                   seed: int = 0 # which ones are taken where there are more
                  ) -> list[dict]: # {"prompt", "completion"}, the canonical prompt whatever the arm asked for
-    "Prompt–completion rows from right solutions, in the order of the records."
+    "Prompt–completion rows from right solutions, in the order of the records; raises `DataError` where a thought is opened and not closed, or closed and not opened."
     rows = []
     for r in records:
         texts = {t["full_text"].strip() for t in r["trajectories"] if t["correct"] and t["finish_reason"] == "stop"}
         drawn = sorted(texts, key=lambda text: question_id(f"{seed} {r['question_id']} {text}"))
         rows += [{"prompt": build_prompt(r["question"], template=template), "completion": text} for text in drawn[:cap]]
+    for row in rows:
+        whole = with_thought(row["prompt"], row["completion"])
+        if whole.count(THINK) != whole.count(THOUGHT): raise DataError(f"a solution has {whole.count(THINK)} {THINK} and {whole.count(THOUGHT)} {THOUGHT}, the one that the template opens included: {row['completion'][:60]!r}. Make the rollouts under the template that is trained on")
     return rows

@@ -6,7 +6,7 @@
 __all__ = ['LOSSES', 'PAIR', 'DPOSettings', 'load_pairs', 'loss_arguments', 'make_trainer', 'StepZero', 'tolerance', 'seen_pairs',
            'control_trainer', 'open_phase', 'train_dpo', 'main', 'displacement']
 
-# %% ../nbs/04_dpo.ipynb #a0c4fd3d
+# %% ../nbs/04_dpo.ipynb #918e3e09
 import math, shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +20,13 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from . import heldout, models, runs, show, training
 from .data import OWN, own_solutions
 from .records import Phase, RecordError, existing, read_records, require, resolve, run_folder, settings
-from .training import TrainingSettings
+from .training import RowSettings
 
-# %% ../nbs/04_dpo.ipynb #426faa3d
+# %% ../nbs/04_dpo.ipynb #c9834990
 LOSSES = ("sigmoid", "sigmoid_norm", "ipo", "hinge", "robust")
 
 @dataclass
-class DPOSettings(TrainingSettings):
+class DPOSettings(RowSettings):
     "Parameters of phase 4; raises `SettingsError` on a value out of range."
     adapter: str
     pairs: str
@@ -75,7 +75,7 @@ def load_pairs(s: DPOSettings) -> list[dict]:
         raise RecordError(f"{s.pairs}: {len(found)} pairs, and min_pairs asks for {s.min_pairs}; make more rollouts, or take another pair policy")
     return found
 
-# %% ../nbs/04_dpo.ipynb #7db5e61c
+# %% ../nbs/04_dpo.ipynb #23c8e2b3
 def loss_arguments(s: DPOSettings) -> dict:
     "TRL's `loss_type` and `loss_weights`, with what belongs to them."
     chosen = {"loss_type": [s.loss, "sft"], "loss_weights": [1.0, s.nll_weight]} if s.nll_weight else {"loss_type": [s.loss]}
@@ -89,7 +89,7 @@ def make_trainer(s: DPOSettings) -> DPOTrainer:
     "TRL's trainer for the SFT adapter, its frozen copy as reference."
     rows = Dataset.from_json(str(resolve(s.pairs)), cache_dir=str(s.cache)).select_columns(["prompt", "chosen", "rejected"])
     model = models.load_adapter(models.load_base(s.base, **s.loading), s.adapter, trainable=True)
-    arguments = training.trainer_arguments(s, s.trained, len(rows)) | loss_arguments(s)
+    arguments = training.trainer_arguments(s, s.trained, len(rows)) | s.batching | loss_arguments(s)
     config = training.one_device(DPOConfig(**arguments, precompute_ref_log_probs=s.precompute_reference, remove_unused_columns=False))
     trainer = DPOTrainer(model, args=config, train_dataset=rows, processing_class=models.load_tokenizer(s.base))
     trainer.train_dataset = _with_lengths(trainer.train_dataset)
@@ -120,13 +120,13 @@ def seen_pairs(trainer: DPOTrainer, given: int, # pairs that were handed to the 
     return {"pairs": len(trainer.train_dataset), "dropped": given - len(trainer.train_dataset)} | {f"{side}_tokens": sum(n) for side, n in sides.items()} | {
         f"{side}_cut_off": sum(x > trainer.args.max_length for x in n) for side, n in sides.items()}
 
-# %% ../nbs/04_dpo.ipynb #ceb6c092
+# %% ../nbs/04_dpo.ipynb #d2c7196d
 def control_trainer(s: DPOSettings, updates: int) -> SFTTrainer:
     "TRL's trainer for rejection-sampling SFT from the same adapter; raises `RecordError` when the rollouts hold no right solution."
     own = own_solutions(read_records(resolve(s.rollouts), OWN), s.control_cap, s.template, s.seed)
     if not own: raise RecordError(f"{s.rollouts}: no right solution for the control; make more rollouts, or set control to False")
     model = models.load_adapter(models.load_base(s.base, **s.loading), s.adapter, trainable=True)
-    arguments = training.trainer_arguments(s, s.controlled, len(own)) | {
+    arguments = training.trainer_arguments(s, s.controlled, len(own)) | s.batching | {
         "learning_rate": s.control_learning_rate, "per_device_train_batch_size": 2 * s.batch_size, "max_steps": updates, "warmup_steps": round(s.warmup * updates)}
     return SFTTrainer(model, args=training.one_device(SFTConfig(**arguments, completion_only_loss=True)), train_dataset=Dataset.from_list(own), processing_class=models.load_tokenizer(s.base))
 

@@ -6,7 +6,7 @@
 __all__ = ['VERDICTS', 'ERRORS', 'platinum_answer', 'agrees_by_math_verify', 'grade', 'disagreements', 'grader_table', 'error_of',
            'error_table', 'count', 'sampled']
 
-# %% ../nbs/lib/grading.ipynb #fb3a150c
+# %% ../nbs/lib/grading.ipynb #092c5074
 import re
 from collections.abc import Iterable
 from decimal import Decimal
@@ -16,7 +16,7 @@ from functools import lru_cache
 import math_verify
 import pandas as pd
 
-from .answers import extract_answer, format_answer, parse_answer, same_answer
+from .answers import extract_answer, format_answer, parse_answer, said, same_answer, with_thought
 from .ledger import equations
 from .stats import maj_at_k, mean_interval, pass_at_k
 
@@ -49,13 +49,15 @@ def agrees_by_math_verify(text: str, # a completion
     "Whether math-verify finds an expression in the text that equals the gold answer. Works in the main thread only, which its time limit needs."
     return bool(math_verify.verify(list(_gold_expressions(gold)), math_verify.parse(text)))
 
-# %% ../nbs/lib/grading.ipynb #212ba54d
+# %% ../nbs/lib/grading.ipynb #eba39a2d
 VERDICTS = {"correct": "flexible", "correct_strict": "strict", "correct_platinum": "platinum", "correct_math_verify": "math-verify"} # field of a row → grader
 
 def grade(text: str, # a completion, without its prompt
-          gold: str | None # canonical gold answer; nothing is right where there is none
+          gold: str | None, # canonical gold answer; nothing is right where there is none
+          prompt: str = "" # what was completed, where it is known: it may have opened a thought
          ) -> dict: # answer and answer_strict as canonical text or None, and the fields of `VERDICTS`
-    "Everything that the graders say about one completion."
+    "Everything that the graders say about one completion; of a reasoning model's, about what it says when it has thought."
+    text = said(with_thought(prompt, text))
     flexible, strict = (extract_answer(text, mode) for mode in ("flexible", "strict"))
     value = parse_answer(gold)
     known = value is not None

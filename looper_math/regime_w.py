@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STYLES', 'CANONICAL', 'ARM_SETS', 'REWARD_TERMS', 'PRESETS', 'Arm', 'arms', 'sample_seed', 'word_overlap', 'Weights',
-           'reward', 'Preset', 'find_preset', 'score_question', 'score_rollout', 'score_records']
+           'reward', 'Preset', 'find_preset', 'score_question', 'score_rollout', 'score_records', 'score_unlabelled']
 
 # %% ../nbs/00_regime_w.ipynb #49a329ee
 import difflib, hashlib, itertools
@@ -363,7 +363,13 @@ def _lift(s: _Sets, preset: Preset, shares: np.ndarray, s_wm: np.ndarray) -> np.
     lift = s_wm[:, None] - _metrics(s, _without_each(s), preset, shares)["s_wm"]
     return np.where(s.present.sum(-1, keepdims=True) > 1, lift, np.nan)
 
-# %% ../nbs/00_regime_w.ipynb #e917cfab
+# %% ../nbs/00_regime_w.ipynb #e45bb6d3
+def _belonging(s: _Sets, ledgers: list[list[Ledger]], shares: np.ndarray, preset: Preset, s_wm: np.ndarray) -> dict[str, np.ndarray]:
+    "The signals that look at the set and at no gold answer, (Q, n) each; nan or None where there is no value."
+    first_false = np.full(s.present.shape, None)
+    for q, row in enumerate(ledgers): first_false[q, :len(row)] = [l.first_false for l in row]
+    return _coherence(s, shares, preset.weights) | dict(lift=_lift(s, preset, shares, s_wm), ledger=shares, first_false=first_false)
+
 def _signals(s: _Sets, golds: list[Fraction], tokens: np.ndarray, preset: Preset, every_signal: bool) -> tuple[dict, dict]:
     "Metrics (Q,) and signals (Q, n) of Q questions, nan where there is no value; reward and first_false among the signals."
     w = preset.weights
@@ -376,10 +382,7 @@ def _signals(s: _Sets, golds: list[Fraction], tokens: np.ndarray, preset: Preset
     unanimous = correct.sum(-1, keepdims=True) == s.present.sum(-1, keepdims=True)
     signals = dict(correct=correct * 1.0, s_wm=s.present * metrics["s_wm"][:, None], agreement=s.present * unanimous,
                    excess_tokens=np.maximum(0, tokens - w.free_tokens)) | _quality(s, tokens, correct, preset)
-    if with_ledger:
-        first_false = np.full(s.present.shape, None)
-        for q, row in enumerate(ledgers): first_false[q, :len(row)] = [l.first_false for l in row]
-        signals |= _coherence(s, shares, w) | dict(lift=_lift(s, preset, shares, metrics["s_wm"]), ledger=shares, first_false=first_false)
+    if with_ledger: signals |= _belonging(s, ledgers, shares, preset, metrics["s_wm"])
     zero = np.zeros(s.present.shape)
     signals["reward"] = sum(getattr(w, term) * np.nan_to_num(signals.get(term, zero)) for term in REWARD_TERMS)
     return metrics, signals
@@ -422,3 +425,17 @@ def score_records(
         questions = [(r["question_id"], r["trajectories"], r["gold_answer"]) for r in chunk]
         for record, (metrics, scored) in zip(chunk, _score_batch(questions, preset, every_signal)):
             yield {**record, "metrics": metrics, "trajectories": [{**t, **s} for t, s in zip(record["trajectories"], scored)]}
+
+# %% ../nbs/00_regime_w.ipynb #a1a8e4a7
+def score_unlabelled(
+    trajectories: Iterable, # mappings or objects with arm_name, reasoning and answer
+    preset: str | Preset = "platinum-11", # a name in PRESETS, or a preset
+    question: str = "", # what errors call the question
+) -> tuple[dict, list[dict]]: # the metrics; and per trajectory support, centrality, coherence, lift, ledger and first_false
+    "Metrics and the signals that need no gold answer. Raises ValueError as `score_question` does."
+    preset, s = find_preset(preset), _read_sets([(question, list(trajectories))])
+    ledgers = [[ledger(t) for t in s.texts[0]]]
+    shares = _shares(ledgers, s.present.shape)
+    metrics = {name: m[:, 0] for name, m in _metrics(s, _whole(s), preset, shares).items()}
+    signals = _belonging(s, ledgers, shares, preset, metrics["s_wm"])
+    return _rows(metrics)[0], _rows({name: column[0] for name, column in signals.items()})

@@ -22,10 +22,12 @@ def located(run: str, source: str) -> str: # a path or a hub name, empty for the
     "A model as a parameter names it; what begins with a phase lies in the run's own folder."
     return f"outputs/{run}/{source}" if source[:2].isdigit() and source[2:3] == "_" else source
 
-# %% ../nbs/lib/report.ipynb #53b6ba64
+# %% ../nbs/lib/report.ipynb #cb5b6056
 def manifests(folder: Path) -> dict[str, dict]: # phase → manifest, of the phases that are done
-    "The manifests of a run, in the order of the phases."
-    return {p.parent.name: read_json(p) for p in sorted(folder.glob("0[1-9]_*/manifest.json"))}
+    "The manifests of a run, in the order in which its recipe runs the phases; those run by hand come last, by number."
+    found = {p.parent.name: read_json(p) for p in sorted(folder.glob("0[1-9]_*/manifest.json"))}
+    recipe = read_json(folder/"run.json")["parameters"] if (folder/"run.json").exists() else {}
+    return {phase: found[phase] for phase in [*recipe, *found] if phase in found}
 
 def summarise(folder: Path) -> dict: # what `summary.json` holds
     "The summary of a run whose evaluation is done."

@@ -95,25 +95,26 @@ def parameters_of(notebook: Path # has a cell tagged `parameters`
         found[name] = Parameter(default, _kind(default, p["help"]))
     return found
 
-# %% ../nbs/lib/runs.ipynb #d630ff78
+# %% ../nbs/lib/runs.ipynb #d4a9535f
 class Refused(ValueError):
     "What was asked cannot be done as it stands. Nothing has been changed."
 
 def phases_of(root: Path, # the project's root
               recipe: str # name of a folder under `nbs/recipes`
-             ) -> dict[str, dict[str, Parameter]]: # phase → its parameters, in order
-    "The phases of a recipe; raises `Refused` if there are none, or if `phases.yaml` names something else."
+             ) -> dict[str, dict[str, Parameter]]: # phase → its parameters, in the order in which they run
+    "The phases of a recipe; raises `Refused` if there are none, or if `phases.yaml` is no list of different phases."
     found = {p.stem: known for p in sorted((root/"nbs").glob("0[1-9]_*.ipynb")) if (known := parameters_of(p))}
     if not found: raise Refused(f"{root/'nbs'}: no notebook 01_… to 09_… has a cell tagged `parameters`")
     chosen = root/"nbs/recipes"/recipe/"phases.yaml"
-    if not chosen.exists(): return found
+    if not chosen.exists(): return {name: known for name, known in found.items() if name < "06"}
     names = yaml.safe_load(chosen.read_text(encoding="utf-8"))
-    if not isinstance(names, list): raise Refused(f"{chosen}: expected a list of notebook names")
-    for name in names:
+    if not names or not isinstance(names, list): raise Refused(f"{chosen}: expected a list of notebook names, such as `- {next(iter(found))}`")
+    for k, name in enumerate(names):
         if name not in found: raise Refused(f"{chosen}: no phase {name!r}{nearest(str(name), found)}")
-    return {name: known for name, known in found.items() if name in names}
+        if name in names[:k]: raise Refused(f"{chosen}: {name} is there twice; a run has one folder for it")
+    return {name: found[name] for name in names}
 
-# %% ../nbs/lib/runs.ipynb #9edadf60
+# %% ../nbs/lib/runs.ipynb #4eef78aa
 class Wish(NamedTuple):
     "A value that a recipe or the command line gives to a parameter."
     source: str # the file or the flag, for error messages
@@ -134,7 +135,10 @@ def read_recipe(root: Path, recipe: str, phases) -> list[Wish]:
     wishes = []
     for stem in sorted(files, key=lambda s: (s != "common", s)):
         path = files[stem].relative_to(root)
-        if stem not in ("common", *phases): raise Refused(f"{path}: no phase {stem!r}{nearest(stem, ['common', *phases])}")
+        if stem not in ("common", *phases):
+            unused = (root/"nbs"/f"{stem}.ipynb").exists()
+            raise Refused(f"{path}: this recipe does not run {stem}; name it in {path.with_name('phases.yaml')}, or remove the file" if unused
+                          else f"{path}: no phase {stem!r}{nearest(stem, ['common', *phases])}")
         try: entries = read_yaml_file(str(files[stem])) or {}
         except yaml.YAMLError as e: raise Refused(f"{path}: this is no YAML ({e})") from None
         if not isinstance(entries, dict): raise Refused(f"{path}: expected lines of the form `name: value`")
@@ -219,7 +223,7 @@ def check_inputs(root: Path, folder: Path, phase: str):
         if not (root/path).exists() or sha256(root/path) != manifest["inputs"][name]:
             raise RunConflict(f"{_short(folder/phase)} was made from another {name} than {path} is now: give another --run NAME, or delete {_short(folder/phase)} to make it again")
 
-# %% ../nbs/lib/runs.ipynb #20764823
+# %% ../nbs/lib/runs.ipynb #73515d90
 FILES = ("base", "train", "dev", "practice", "questions", "harder", "adapter", "pairs", "rollouts", "import_from", "models", "accelerate_config")  # parameters that may name a file or folder, or several
 
 def _looks_local(text: str) -> bool: return text.startswith(("data/", "outputs/", "/", ".", "~")) or text.endswith((".jsonl", ".json"))
@@ -231,19 +235,19 @@ def _named_files(values: dict) -> list[tuple[str, str]]: # (parameter, path), th
     return [(name, text) for name, text in found + several if isinstance(text, str) and text]
 
 def check_files(root: Path, folder: Path, chosen: list[str], values: dict[str, dict]):
-    "Raise `Refused` when a chosen phase names a file that is neither there nor made by a phase of this call."
+    "Raise `Refused` when a chosen phase names a file that is neither there nor made by an earlier phase of this call."
     from looper_math.report import located # a slow import, and a misspelt parameter is refused without it
-    for phase in chosen:
+    for k, phase in enumerate(chosen):
         for name, text in _named_files(values[phase]):
             text = located(folder.name, text)
             path = root/Path(text).expanduser()
-            made_now = folder in path.parents and path.relative_to(folder).parts[0] in chosen
-            if _looks_local(text) and not path.exists() and not made_now:
-                raise Refused(f"{phase}.{name}: there is no {text}; a relative path counts from the project's root")
+            maker = path.relative_to(folder).parts[0] if folder in path.parents else None
+            if _looks_local(text) and not path.exists() and maker not in chosen[:k]:
+                raise Refused(f"{phase}.{name}: there is no {text}; " + (f"{maker} makes it, and runs after {phase}" if maker in chosen[k + 1:] else "a relative path counts from the project's root"))
 
-# %% ../nbs/lib/runs.ipynb #d31974cd
+# %% ../nbs/lib/runs.ipynb #6de31551
 def choose(phases, first: str, last: str, folder: Path) -> list[str]: # the phases from `first` to `last`
-    "The phases of this call; raises `Refused` when an earlier one is still to be done."
+    "The phases of this call, in the recipe's order; raises `Refused` when an earlier one is still to be done."
     names = list(phases)
     start = names.index(find_phase(first, names, "--from")) if first else 0
     end = names.index(find_phase(last, names, "--to")) + 1 if last else len(names)
@@ -350,7 +354,7 @@ def _close(folder: Path, phases: list[str], seconds: float) -> dict | None:
     print(f"{report.clock(seconds)} in all")
     return summary
 
-# %% ../nbs/lib/runs.ipynb #639a868b
+# %% ../nbs/lib/runs.ipynb #43ba7d2a
 def _run_command(args, root: Path):
     "`looper run`."
     if args.recipe: run_recipe(args.recipe, args.run, getattr(args, "from"), args.to, args.p, root)
@@ -378,6 +382,11 @@ def _card_command(args, root: Path):
     for path in cards.write_cards(folder, args.model): print(_short(path))
     if args.push: print(*cards.push(folder, args.model, args.push), sep="\n")
 
+def _ask_command(args, root: Path):
+    "`looper ask`."
+    from looper_math import ask
+    print(ask.ask(args.model, args.question, args.gold, args.arm_set, args.preset, args.template, args.max_new_tokens, args.plain, root=root))
+
 def _parser() -> argparse.ArgumentParser:
     "The options of all commands; a new command adds a sub-parser whose `do` takes the parsed arguments and the root."
     parser = argparse.ArgumentParser(prog="looper", description="Train a model that answers correctly first and coherently second.")
@@ -398,6 +407,16 @@ def _parser() -> argparse.ArgumentParser:
     card.add_argument("--model", default="dpo", metavar="NAME", help="the evaluated model that the card is for (default: dpo)")
     card.add_argument("--push", default="", metavar="REPO", help="send adapter, data and cards to private repositories REPO and REPO-data; needs a token in HF_TOKEN")
     card.set_defaults(do=_card_command)
+    ask = commands.add_parser("ask", help="ask a model one question", description="One question to a model: every arm's solution with its signals, and the plain call beside them.")
+    ask.add_argument("model", metavar="MODEL", help="a model of a run, such as pocket/dpo; an adapter's folder; a base model's folder or hub name")
+    ask.add_argument("question", metavar="QUESTION", help="in quotes")
+    ask.add_argument("--gold", metavar="N", help="the right answer; with it correctness, quality and reward are shown too")
+    ask.add_argument("--preset", default="", metavar="NAME", help="preset of Regime W (default: the run's, else leave-one-out)")
+    ask.add_argument("--arm-set", default="", metavar="NAME", help="arms that answer (default: the preset's)")
+    ask.add_argument("--template", default="", metavar="TEXT", help="layout of the prompts, or the word chat (default: the run's, else the project's)")
+    ask.add_argument("--max-new-tokens", type=int, default=0, metavar="N", help="longest solution (default: the run's, else 512)")
+    ask.add_argument("--plain", action="store_true", help="the plain call alone, without arms")
+    ask.set_defaults(do=_ask_command)
     return parser
 
 # %% ../nbs/lib/runs.ipynb #51d15daa

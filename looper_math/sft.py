@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SFTSettings', 'sft_rows', 'make_trainer', 'seen_rows', 'decoded', 'check_rows', 'open_phase', 'main']
 
-# %% ../nbs/01_sft.ipynb #4d17fe7f
+# %% ../nbs/01_sft.ipynb #f8556440
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +18,11 @@ from trl import SFTConfig, SFTTrainer
 from . import heldout, models, runs, show, training
 from .data import OWN, load_questions, own_solutions, training_rows
 from .records import Phase, RecordError, existing, read_json, read_records, require, resolve, run_folder, settings, write_json
-from .training import TrainingSettings
+from .training import RowSettings
 
-# %% ../nbs/01_sft.ipynb #5a60d58e
+# %% ../nbs/01_sft.ipynb #a551946a
 @dataclass
-class SFTSettings(TrainingSettings):
+class SFTSettings(RowSettings):
     "Parameters of phase 1; raises `SettingsError` on a value out of range."
     train: str
     limit: int
@@ -47,20 +47,20 @@ class SFTSettings(TrainingSettings):
     @property
     def adapter(self) -> Path: return self.folder/"adapter"
 
-# %% ../nbs/01_sft.ipynb #07b07bb5
+# %% ../nbs/01_sft.ipynb #340a0234
 def sft_rows(s: SFTSettings) -> Dataset: # columns prompt and completion
     "The demonstrations as prompt–completion rows; raises `RecordError` when the rollouts hold no right solution."
-    human = training_rows(load_questions(s.train, limit=s.limit or None), template=s.template, marks=s.marks) if s.targets != "self" else []
-    own = own_solutions(read_records(resolve(s.rollouts), OWN), s.own_cap, s.template, s.seed) if s.targets != "human" else []
+    human = training_rows(load_questions(s.train, limit=s.limit or None), template=s.layout, marks=s.marks) if s.targets != "self" else []
+    own = own_solutions(read_records(resolve(s.rollouts), OWN), s.own_cap, s.layout, s.seed) if s.targets != "human" else []
     if s.targets != "human" and not own: raise RecordError(f"{s.rollouts}: no right solution that ended by itself; make more rollouts, or take human targets")
     return Dataset.from_list(human + own)
 
-# %% ../nbs/01_sft.ipynb #29fc7fb9
+# %% ../nbs/01_sft.ipynb #50144263
 def make_trainer(s: SFTSettings, rows: Dataset) -> SFTTrainer:
     "TRL's trainer for a fresh adapter on the base."
     set_seed(s.seed)   # the trainer seeds itself too late for the adapter's first weights
     model = get_peft_model(models.load_base(s.base, **s.loading), models.lora_config(s.rank, s.alpha, s.dropout))
-    arguments = training.trainer_arguments(s, s.adapter, len(rows))
+    arguments = training.trainer_arguments(s, s.adapter, len(rows)) | s.batching
     config = training.one_device(SFTConfig(**arguments, completion_only_loss=True, packing=s.packing))
     return SFTTrainer(model, args=config, train_dataset=rows, processing_class=models.load_tokenizer(s.base))
 

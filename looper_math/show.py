@@ -97,8 +97,9 @@ def heatmap(table: pd.DataFrame, # numbers, with row and column labels
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
     fig.colorbar(image, ax=ax, shrink=.8)
 
-# %% ../nbs/lib/show.ipynb #984af667
+# %% ../nbs/lib/show.ipynb #da678cc0
 def texts(rows: list[dict], columns: list[str] | None = None):
-    "A table of long texts, line breaks kept and nothing cut."
-    return (pd.DataFrame(rows, columns=columns).style.hide(axis="index").format(precision=3, na_rep="none")
-            .set_properties(**{"text-align": "left", "white-space": "pre-wrap", "vertical-align": "top"}))
+    "A table of long texts, line breaks kept, nothing cut and no tag obeyed."
+    return (pd.DataFrame(rows, columns=columns).style.hide(axis="index").format(precision=3, na_rep="none", escape="html")
+            .set_properties(**{"text-align": "left", "white-space": "pre-wrap", "vertical-align": "top"})
+            .set_table_styles([{"selector": "th", "props": "text-align: left"}]))

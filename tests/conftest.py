@@ -14,6 +14,7 @@ SMALL = {
     "03_preferences": {},
     "04_dpo": {"min_pairs": 2, "epochs": 2, "batch_size": 4, "dev_limit": 8},
     "05_eval": {"limit": 16, "chunk": 8},
+    "06_online_rl": {},
 }
 
 

@@ -3,7 +3,7 @@ import time
 from fractions import Fraction
 
 import pytest
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from looper_math.answers import (MODES, extract_answer, find_answer, find_numbers, format_answer, parse_answer,
@@ -32,6 +32,16 @@ def test_strict_is_flexible_where_it_answers(text):
     assert (strict is not None) == (find_answer(text) is not None)
     if strict is not None:
         assert extract_answer(text) == strict
+
+
+@given(texts, texts)
+def test_thoughts_hold_no_answer(thoughts, text):
+    assume("think>" not in thoughts + text)
+    for mode in MODES:
+        assert extract_answer(f"<think>{thoughts}</think>{text}", mode) == extract_answer(f"{thoughts}</think>{text}", mode) == extract_answer(text, mode)
+        assert extract_answer(f"<think>{thoughts}", mode) is extract_answer(f"{text}</think>{text}<think>{thoughts}", mode) is None
+    if thoughts.strip():
+        assert split_reasoning(f"<think>{thoughts}</think>{text}") == thoughts.strip()
 
 
 @given(fractions)
@@ -67,7 +77,7 @@ def test_any_number_of_digits(digits):
 
 
 @pytest.mark.parametrize("piece", ["1", "1,234", "1/", "Answer: ", "Answer:\n", "answer **", "\\boxed{", "}", "#", "#### ", " ", "\n", "-", "$", "= 1 ",
-                                   "1 ", "1 1/", ".1", "\\frac{", "(1", "a. "])
+                                   "1 ", "1 1/", ".1", "\\frac{", "(1", "a. ", "<think>", "</think>"])
 def test_a_hundred_thousand_characters_take_well_under_a_second(piece):
     text = (piece * 100_000)[:100_000]
     start = time.perf_counter()

@@ -20,9 +20,11 @@ FLOORS = [
     {"models", "report"},
     {"decoding"},
     {"serving"},
-    {"cards", "engines"},
-    {"show", "runs", "training"},
-    {"sft", "rollouts", "preferences", "dpo", "evaluation"},
+    {"cards", "engines", "show"},
+    {"trajectories"},
+    {"ask"},
+    {"runs", "training", "ppo"},
+    {"sft", "rollouts", "preferences", "dpo", "evaluation", "online_rl"},
 ]
 MODULES = sorted(p.stem for p in (ROOT / "looper_math").glob("[a-z]*.py"))
 PHASES = sorted((ROOT / "nbs").glob("0[1-9]_*.ipynb"))

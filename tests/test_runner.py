@@ -76,15 +76,20 @@ def make_project(root):
         (root / "nbs/recipes" / recipe).mkdir(parents=True)
         (root / "nbs/recipes" / recipe / "common.yaml").write_text("# nothing yet\n")
     for name, (parameters, fields, body) in PHASES.items():
-        make = f"""
+        write_phase(root, name, parameters, fields, INPUTS[name], body)
+    return root
+
+
+def write_phase(root, name, parameters, fields, inputs, body):
+    "The notebook of one phase."
+    make = f"""
 Settings = make_dataclass("Settings", dict({fields}).items())
 given = records.settings(Settings, globals())
-inputs = {INPUTS[name]}
+inputs = {inputs}
 phase = records.Phase({name!r}, given, inputs)
 shutil.rmtree(phase.folder, ignore_errors=True)
 phase.begin()"""
-        write_notebook(root / f"nbs/{name}.ipynb", ["import shutil", parameters, HEAD.replace("ROOT_HERE", repr(str(root))), make, body])
-    return root
+    write_notebook(root / f"nbs/{name}.ipynb", ["import shutil", parameters, HEAD.replace("ROOT_HERE", repr(str(root))), make, body])
 
 
 def files(root):
@@ -173,6 +178,8 @@ def test_refused_before_anything_is_written(done, case, capsys):
         ("common", "count: [3", "this is no YAML"),
         ("common", "- count", "expected lines of the form"),
         ("phases", "[01_numbers, 04_dpo]", "no phase '04_dpo'"),
+        ("phases", "[01_numbers, 03_preferences, 01_numbers]", "01_numbers is there twice"),
+        ("phases", "[]", "expected a list of notebook names"),
     ],
 )
 def test_a_bad_recipe_is_refused_and_named(fresh, name, text, message):
@@ -202,6 +209,21 @@ def test_a_recipe_may_choose_its_phases(fresh, capsys):
     assert run_recipe("tiny", root=fresh) is None
     assert "[1/1] 01_numbers" in capsys.readouterr().out
     assert not (fresh / "outputs/tiny/summary.json").exists()
+
+
+def test_a_recipe_runs_its_phases_in_its_own_order(fresh, capsys):
+    "One above 05 runs only where phases.yaml names it, and in the place that it has there."
+    write_phase(fresh, "06_online", 'run = "tiny"  # str: run folder', "run=str", "{}", "phase.finish([])")
+    assert list(runs.phases_of(fresh, "tiny")) == list(PHASES)
+    (fresh / "nbs/recipes/tiny/phases.yaml").write_text("[06_online, 01_numbers]\n")
+    looper(["run", "tiny", "--to", "06"], fresh)
+    assert (fresh / "outputs/tiny/06_online/manifest.json").exists() and not (fresh / "outputs/tiny/01_numbers").exists()
+    looper(["run", "tiny", "--from", "01"], fresh)
+    out = capsys.readouterr().out
+    assert out.index("[1/2] 06_online") < out.index("[2/2] 01_numbers")
+    assert list(json.loads((fresh / "outputs/tiny/run.json").read_text())["parameters"]) == ["06_online", "01_numbers"]
+    with pytest.raises(Refused, match="06_online, which is not done"):
+        run_recipe("tiny", "new", first="01", root=fresh)
 
 
 def test_no_recipe_lists_them(done, capsys):

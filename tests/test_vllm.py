@@ -12,6 +12,7 @@ from looper_math.data import load_questions
 from looper_math.engines import Request
 from looper_math.records import ROOT, read_records, run_folder
 from looper_math.runs import parameters_of
+from looper_math.trajectories import requests_for
 
 BASE = "data/pocket-base"
 RUN = "pytest-vllm"
@@ -34,7 +35,7 @@ def adapted(random_adapter):
 def requests():
     "64 greedy requests: the arms' prompts of six questions."
     s = rollouts.RolloutSettings(**PHASE)
-    made = [r for q in load_questions(s.questions, limit=6) for r in rollouts.requests_for(q, s)][:64]
+    made = [r for q in load_questions(s.questions, limit=6) for r in requests_for(q, s.arms, s.template, s.max_new_tokens)][:64]
     return [Request(r.id, r.prompt, max_new_tokens=120) for r in made]
 
 

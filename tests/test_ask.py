@@ -1,0 +1,130 @@
+"One question from the terminal, and whatever a user may type in its place."
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+
+from looper_math import regime_w
+from looper_math.ask import Model, ask, find_model
+from looper_math.data import TEMPLATE
+from looper_math.records import ROOT, SettingsError, write_json
+from looper_math.runs import looper
+
+QUESTION = "Mia has 12 plums. Mia buys 3 bags of 5 plums. Ben has 4 more plums than Mia. How many plums does Ben have now?"
+BASE = "data/pocket-base"
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory, random_adapter):
+    "A root with one run, whose model `sft` is an adapter and which was trained under a layout and a preset of its own."
+    root = tmp_path_factory.mktemp("project").resolve()
+    asked = {"base": BASE, "template": "Q: " + TEMPLATE, "max_new_tokens": 40, "models": {"base": "", "sft": random_adapter}}
+    write_json(root / "outputs/try/run.json", {"recipe": "pocket", "parameters": {"02_rollouts": {"preset": "guide-8"}, "05_eval": asked}})
+    return root
+
+
+@pytest.fixture(scope="module")
+def answered(project):
+    return ask("try/sft", QUESTION, gold="31", root=project)
+
+
+def test_terminal():
+    command = [str(Path(sys.executable).parent / "looper"), "ask", BASE, QUESTION, "--gold", "31", "--arm-set", "guide-8", "--max-new-tokens", "60"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^ *(plain call|\w+_\d) .*$", done.stdout.partition("  arm")[2], re.MULTILINE)
+    assert rows == ["plain call", *(a.name for a in regime_w.arms("guide-8"))]
+    for said in ("support", "first_false", "reward", "s_wm", "Plurality: ", "Plain call: ", "Regime W scores solutions for training only."):
+        assert said in done.stdout
+
+
+def test_a_run_says_how_its_model_is_asked(answered, project, random_adapter):
+    assert answered.model == Model("try/sft", BASE, random_adapter, "Q: " + TEMPLATE, "guide-8", 40)
+    assert [s["arm_name"] for s in answered.solutions] == [a.name for a in regime_w.arms("guide-8")]
+    assert all(s["prompt"].startswith("Q: Question: Mia") and s["num_tokens"] <= 40 for s in [answered.plain, *answered.solutions])
+    assert answered.plain["prompt"].split("\n")[1] == regime_w.CANONICAL and answered.plain["temperature"] == 0
+    base = ask("try/base", QUESTION, root=project)
+    assert [s["prompt"] for s in base.solutions] == [s["prompt"] for s in answered.solutions]
+    assert [s["full_text"] for s in base.solutions] != [s["full_text"] for s in answered.solutions]
+
+
+def test_scores_are_those_of_regime_w(answered):
+    "Also when it comes to what an arm did in truth, and not in a stand-in."
+    metrics, scored = regime_w.score_rollout(answered.solutions, 31, "guide-8")
+    assert answered.metrics == metrics
+    assert [s["reward"] for s in answered.solutions] == [r["reward"] for r in scored]
+    assert [s["support"] for s in answered.solutions] == [r["signals"]["support"] for r in scored]
+
+
+def test_without_a_gold_answer_there_is_no_reward(answered, project):
+    blind = ask("try/sft", QUESTION, root=project)
+    assert [s["full_text"] for s in blind.solutions] == [s["full_text"] for s in answered.solutions] and blind.metrics == answered.metrics
+    for shown in (str(blind), blind._repr_html_()):
+        assert not re.search("reward|correct|quality|right|wrong", shown) and "support" in shown
+    assert re.search("right|wrong", str(answered)) and "reward" in answered._repr_html_()
+
+
+def test_the_users_own_words_win(project):
+    "Preset, arms, layout and length, each beside what the run says; a preset brings its arms."
+    own = ask("try/base", QUESTION, preset="core-variants", template="{question}\n{instruction}\n", max_new_tokens=3, root=project)
+    assert [s["arm_name"] for s in own.solutions] == [a.name for a in regime_w.arms("core-variants")] and own.preset == "core-variants"
+    assert own.plain["prompt"].startswith("Mia has") and all(s["num_tokens"] <= 3 for s in own.solutions)
+
+
+def test_nobody_answers(project):
+    "One token is no answer: nothing is elected, nothing agrees, and both displays say so."
+    cut = ask("try/base", "Why?", max_new_tokens=1, gold=1, root=project)
+    assert {s["finish_reason"] for s in cut.solutions} == {"length"} and {s["answer"] for s in cut.solutions} == {None}
+    assert cut.plurality == [] and cut.metrics["s_end"] == 0
+    for shown in (str(cut), cut._repr_html_()):
+        assert "Plurality: none, as no arm gave an answer." in shown and "Plain call: no answer, which is wrong: 1 is right." in shown
+
+
+REFUSED = {
+    "empty question": (["try/sft", "  "], "the question is empty"),
+    "empty model": (["", QUESTION], "MODEL is empty: name a model of a run, try/base, try/sft"),
+    "a run without a model": (["try", QUESTION], "'try' is a run: name one of its models, try/base, try/sft"),
+    "a model that the run has not": (["try/stf", QUESTION], "no model 'stf'; did you mean 'sft'?"),
+    "a misspelt run": (["tyr/sft", QUESTION], "there is no model 'tyr/sft'"),
+    "nearest run": (["tyr/sft", QUESTION], "did you mean 'try/sft'?"),
+    "a misspelt folder": (["data/pocket-bass", QUESTION], "there is no model 'data/pocket-bass'"),
+    "a folder outside": (["../../nowhere", QUESTION], "there is no model '../../nowhere'"),
+    "a folder without a model": (["/etc", QUESTION], "there is no config.json in it"),
+    "an unknown preset": (["try/sft", QUESTION, "--preset", "platinum11"], "there is no preset 'platinum11'; did you mean 'platinum-11'?"),
+    "an unknown arm set": (["try/sft", QUESTION, "--arm-set", "guide"], "there is no arm set 'guide'; did you mean 'guide-8'?"),
+    "a gold answer without a number": (["try/sft", QUESTION, "--gold", "many"], "gold must state a number, such as 72, got 'many'"),
+    "a layout without a question": (["try/sft", QUESTION, "--template", "Solve!"], "template must hold {question}"),
+    "a chat layout that the base does not have": (["try/sft", QUESTION, "--template", "chat"], "has no chat template"),
+    "a negative length": (["try/sft", QUESTION, "--max-new-tokens", "-1"], "max_new_tokens must be 1 or more"),
+    "a question without end": (["try/sft", "plums " * 2100], "and there is room for 2048"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_before_a_model_is_loaded(project, case, capsys, monkeypatch):
+    from looper_math import models
+
+    argv, message = REFUSED[case]
+    monkeypatch.setattr(models, "load_base", lambda *a, **k: pytest.fail("a model was loaded"))
+    with pytest.raises(SystemExit) as stop:
+        looper(["ask", *argv], project)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_adapters_elsewhere(tmp_path, random_adapter):
+    "An adapter that no phase of ours made names neither prompt nor base, and can still be asked by one who knows them."
+    with pytest.raises(SettingsError, match="no manifest.json beside this adapter"):
+        find_model(random_adapter)
+    own = ask(Model("mine", BASE, random_adapter), QUESTION, plain=True)
+    assert own.plain["full_text"] and str(own).startswith(f"mine: {BASE} with {random_adapter}")
+    with pytest.raises(SettingsError, match="no config.json in it"):
+        find_model(str(tmp_path))

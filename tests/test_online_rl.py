@@ -1,0 +1,49 @@
+"Online RL after a kill, and on two processes."
+import shutil
+
+import pytest
+from safetensors.torch import load_file
+
+from conftest import RUN, kill_when, small, start
+from looper_math import online_rl, training
+from looper_math.records import read_json, run_folder
+from looper_math.runs import launch
+
+SHARED = dict(arm_set="guide-8", limit=8, batch_size=2, accumulation=1, save_every=2, max_new_tokens=60, mixed_precision="no", dev_limit=8)
+
+
+def settings(small_run, name: str, **changes) -> online_rl.OnlineSettings:
+    "Four updates on two questions each, for a run that begins with nothing."
+    run = f"{RUN}-{name}"
+    shutil.rmtree(run_folder(run), ignore_errors=True)
+    return online_rl.OnlineSettings(**small("06_online_rl", run=run, adapter=str(small_run / "01_sft" / "adapter"), **SHARED | changes))
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+def test_online_rl_after_a_kill(small_run, algorithm):
+    "kill -9 after the first checkpoint, then the phase again: weights, value model and samples of an unbroken training."
+    unbroken, killed = (settings(small_run, f"{algorithm}-{name}", algorithm=algorithm) for name in ("unbroken", "killed"))
+    process = start("online_rl", "OnlineSettings", "main", vars(killed))
+    kill_when(process, lambda: training.checkpoints(killed.trained))
+    assert not (killed.folder / "manifest.json").exists()
+    for s in (unbroken, killed): online_rl.main(s)
+    for name in ["adapter_model.safetensors"] + ["value_head.safetensors"] * (algorithm == "ppo"):
+        a, b = (load_file(s.trained / name) for s in (unbroken, killed))
+        assert a.keys() == b.keys() and max((a[k] - b[k]).abs().max().item() for k in a) < 1e-5
+    assert [read_json(p) for p in sorted(unbroken.samples.iterdir())] == [read_json(p) for p in sorted(killed.samples.iterdir())]
+    assert read_json(killed.folder / "manifest.json")["metrics"]["heldout"]["n"] == SHARED["dev_limit"]
+    for s in (unbroken, killed): shutil.rmtree(run_folder(s.run))
+
+
+def test_two_processes_do_what_one_does(small_run):
+    "PPO, which has all that GRPO has: samples, rewards, gradients and the value model's loss of one process with the whole batch."
+    logs = []
+    for n in (1, 2):
+        s = settings(small_run, f"online-{n}", algorithm="ppo", n_gpu=n, batch_size=2 // n, dev="")
+        launch("looper_math.online_rl", s, n_gpu=n)
+        logs.append(training.history(s.trained)[["reward", "grad_norm", "value/loss", "kl"]])
+        shutil.rmtree(run_folder(s.run))
+    one, two = logs
+    assert len(one) == 4 and list(one.index) == list(two.index)
+    assert (abs(one.reward - two.reward) < 1e-6).all(), (one, two)
+    assert (abs(one - two) <= .02 * abs(one) + 1e-5).all().all(), (one, two)
