@@ -120,10 +120,10 @@ def seen_pairs(trainer: DPOTrainer, given: int, # pairs that were handed to the 
     return {"pairs": len(trainer.train_dataset), "dropped": given - len(trainer.train_dataset)} | {f"{side}_tokens": sum(n) for side, n in sides.items()} | {
         f"{side}_cut_off": sum(x > trainer.args.max_length for x in n) for side, n in sides.items()}
 
-# %% ../nbs/04_dpo.ipynb #d2c7196d
+# %% ../nbs/04_dpo.ipynb #fab6d1f7
 def control_trainer(s: DPOSettings, updates: int) -> SFTTrainer:
     "TRL's trainer for rejection-sampling SFT from the same adapter; raises `RecordError` when the rollouts hold no right solution."
-    own = own_solutions(read_records(resolve(s.rollouts), OWN), s.control_cap, s.template, s.seed)
+    own = own_solutions(read_records(resolve(s.rollouts), OWN), s.control_cap, s.layout, s.seed)
     if not own: raise RecordError(f"{s.rollouts}: no right solution for the control; make more rollouts, or set control to False")
     model = models.load_adapter(models.load_base(s.base, **s.loading), s.adapter, trainable=True)
     arguments = training.trainer_arguments(s, s.controlled, len(own)) | s.batching | {

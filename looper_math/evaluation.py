@@ -7,7 +7,7 @@ __all__ = ['STYLES', 'STOPS', 'EvalSettings', 'location', 'base_and_adapter', 'f
            'requests_for', 'chunks_of', 'answer', 'gather', 'main', 'open_phase', 'finish', 'run_phase', 'label',
            'compared', 'tests_of', 'warning_of_drop', 'metrics_of', 'ladder', 'sides', 'by_arm']
 
-# %% ../nbs/05_eval.ipynb #d6f1070e
+# %% ../nbs/05_eval.ipynb #d78b2c78
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from . import engines, models as lm, regime_w, runs
+from .answers import with_thought
 from .audit import Comparison, compare, rescore
 from .data import build_prompt, check_disjoint, load_questions
 from .grading import VERDICTS, count, grade, sampled
@@ -24,7 +25,7 @@ from .records import Phase, RecordError, RecordWriter, existing, read_records, r
 from .report import located
 from .stats import holm, p_text, wilson
 
-# %% ../nbs/05_eval.ipynb #fa1b7b77
+# %% ../nbs/05_eval.ipynb #482af6aa
 STYLES = ("training", "native", "five-shot")
 
 @dataclass
@@ -62,8 +63,8 @@ class EvalSettings:
         require(self.temperature > 0 and 0 < self.top_p <= 1, f"temperature must be above 0 and top_p in (0, 1], got {self.temperature} and {self.top_p}")
         self._check_models()
         require(self.styles and set(self.styles) <= set(STYLES), f"styles must be some of {', '.join(STYLES)}, got {self.styles}")
-        require("native" not in self.styles or "{question}" in self.native_template, "style native needs a native_template that holds {question}")
-        require("{question}" in self.template, f"template must hold {{question}}, got {self.template!r}")
+        require("native" not in self.styles or "{question}" in lm.prompt_template(self.base, self.native_template), "style native needs a native_template that holds {question}")
+        require("{question}" in self.layout, f"template must hold {{question}} or be chat, got {self.template!r}")
         if self.arm_set: regime_w.arms(self.arm_set)
         engines.check_engine(self.engine)
         lm.pick_dtype(self.dtype)
@@ -73,6 +74,9 @@ class EvalSettings:
         require(bool(self.models) and all(plain(name) and isinstance(source, str) for name, source in self.models.items()),
                 f"models must map names of letters, digits and '_' to '', a folder or a hub name, got {self.models}")
         for pair in self.comparisons: require(isinstance(pair, list) and len(pair) == 2 and set(pair) <= set(self.models), f"a comparison is a pair of {', '.join(self.models)}, got {pair}; give comparisons for these models, or [] to have them derived")
+
+    @property
+    def layout(self) -> str: return lm.prompt_template(self.base, self.template)   # what every prompt is built from
 
     @property
     def folder(self) -> Path: return run_folder(self.run)/"05_eval"
@@ -112,11 +116,12 @@ def clip(completion: engines.Completion) -> engines.Completion:
     ends = [i for stop in STOPS if (i := completion.text.find(stop)) >= 0]
     return engines.Completion(completion.id, completion.text[:min(ends)], completion.num_tokens, "stop") if ends else completion
 
-# %% ../nbs/05_eval.ipynb #44c5c587
-def row(question: dict, completion: engines.Completion, model: str, prompt_style: str, sample: str = "greedy", temperature: float = 0.) -> dict:
+# %% ../nbs/05_eval.ipynb #db7e970c
+def row(question: dict, completion: engines.Completion, model: str, prompt_style: str, sample: str = "greedy", temperature: float = 0., prompt: str = "") -> dict:
     "An evaluation row: the completion and what every grader says of it."
-    return {"question_id": question["question_id"], "question": question["question"], "gold": question["gold_answer"], "completion": completion.text,
-            **grade(completion.text, question["gold_answer"]), "num_tokens": completion.num_tokens, "finish_reason": completion.finish_reason,
+    text = with_thought(prompt, completion.text)   # a row is read without its prompt
+    return {"question_id": question["question_id"], "question": question["question"], "gold": question["gold_answer"], "completion": text,
+            **grade(text, question["gold_answer"]), "num_tokens": completion.num_tokens, "finish_reason": completion.finish_reason,
             "model": model, "prompt_style": prompt_style, "sample": sample, "temperature": temperature}
 
 # %% ../nbs/05_eval.ipynb #5c09ca86
@@ -136,18 +141,18 @@ def path_of(s: EvalSettings, name: str, model: str, style: str = "training") -> 
     "File of a job."
     return s.folder/(f"{name}-{model}.jsonl" if style == "training" else f"{name}-{model}-{style}.jsonl")
 
-# %% ../nbs/05_eval.ipynb #40d1efaf
+# %% ../nbs/05_eval.ipynb #1e43332a
 def requests_for(s: EvalSettings, style: str, question: dict, shots: str) -> list[tuple[str, engines.Request]]: # (name of the sample, its request)
     "What a job asks about one question."
     ask = lambda name, prompt, **sampling: (name, engines.Request(f"{question['question_id']}/{name}", prompt, max_new_tokens=s.max_new_tokens, **sampling))
     if style in STYLES:
-        template = {"training": s.template, "native": s.native_template, "five-shot": shots}[style]
+        template = {"training": s.layout, "native": lm.prompt_template(s.base, s.native_template), "five-shot": shots}[style]
         return [ask("greedy", build_prompt(question["question"], regime_w.CANONICAL, template))]
     arms = regime_w.arms(s.arm_set) if style == "arms" else [regime_w.Arm(str(k), regime_w.CANONICAL, s.temperature, s.top_p, s.seed + k) for k in range(s.samples)]
-    return [ask(arm.name, build_prompt(question["question"], arm.instruction, s.template), temperature=arm.temperature, top_p=arm.top_p,
+    return [ask(arm.name, build_prompt(question["question"], arm.instruction, s.layout), temperature=arm.temperature, top_p=arm.top_p,
                 seed=regime_w.sample_seed(arm, question["question_id"])) for arm in arms]
 
-# %% ../nbs/05_eval.ipynb #6b4ed3e5
+# %% ../nbs/05_eval.ipynb #1f226f19
 _FIELDS = {"question_id": str, "sample": str, "correct": bool}
 
 def _question_sets(s: EvalSettings) -> dict[str, list[dict]]:
@@ -168,7 +173,7 @@ def answer(s: EvalSettings, job: Job, generate, chunks: list[list[dict]], shots:
             asked = {r.id: (q, name, r) for q in questions for name, r in requests_for(s, job.style, q, shots)}
             def on_done(finished):
                 made = [(c, *asked[c.id]) for c in (map(clip, finished) if job.style == "five-shot" else finished)]
-                writer.append([row(q, c, job.model, job.style, name, r.temperature) for c, q, name, r in made if (q["question_id"], name) not in done])
+                writer.append([row(q, c, job.model, job.style, name, r.temperature, r.prompt) for c, q, name, r in made if (q["question_id"], name) not in done])
                 bar.update(len(finished))
             generate([r for _, _, r in asked.values()], on_done=on_done)
 

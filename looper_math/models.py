@@ -104,7 +104,7 @@ def load_base(name: str, # hub name or folder
         return AutoModelForCausalLM.from_pretrained(source(name), dtype=pick_dtype(dtype), device_map={"": device()}, **options).eval()
     return AutoModelForCausalLM.from_pretrained(source(name), dtype=pick_dtype(dtype), **options).to(device()).eval()
 
-# %% ../nbs/lib/models.ipynb #5f1227b4
+# %% ../nbs/lib/models.ipynb #7bf2777b
 TURN = "{question}\n{instruction}" # what the user of a chat model says
 
 @lru_cache
@@ -118,6 +118,7 @@ def prompt_template(base: str, # hub name or folder
     chat = lambda **how: tokenizer.apply_chat_template([{"role": "user", "content": TURN}], add_generation_prompt=True, **how)
     whole, ids = chat(tokenize=False), chat(tokenize=True, return_dict=False)
     require(whole.count(TURN) == whole.count("{question}") == whole.count("{instruction}") == 1, f"template chat: the chat template of {base} does not hand on what the user says once and unchanged: {whole!r}")
+    require("strftime_now" not in str(tokenizer.chat_template), f"template chat: the chat template of {base} writes today's date, so a run that goes on tomorrow would ask in other words; give the layout with a date in it: {whole!r}")
     layout = next((t for t in (whole.removeprefix(tokenizer.bos_token or ""), whole) if tokenizer(t).input_ids == ids), None)
     require(layout is not None, f"template chat: the tokenizer of {base} makes other tokens of the text of its chat template than the template itself: {whole!r}; give a layout in words")
     shown = tokenizer.decode(tokenizer(THOUGHT, add_special_tokens=False).input_ids, skip_special_tokens=True)

@@ -111,7 +111,7 @@ def sampling(policy, # a peft model
             model.set_attn_implementation(attention)
             policy.train()
 
-# %% ../nbs/06_online_rl.ipynb #5000e231
+# %% ../nbs/06_online_rl.ipynb #89719d96
 def readings(scored: dict) -> dict[str, float | None]:
     "What is rewarded and watched in a scored trajectory; agreement is empty when most other arms share a wrong answer."
     signals = scored["signals"]
@@ -126,7 +126,7 @@ class Sampler:
     def requests(self, question: dict, update: int) -> list[engines.Request]:
         "One request for each arm, with draws of this update's own."
         arms = [dataclasses.replace(arm, seed=arm.seed + 10_000 * (1 + update) + 10**9 * self.s.seed) for arm in self.s.arms]
-        return requests_for(question, arms, self.s.template, self.s.max_new_tokens)
+        return requests_for(question, arms, self.s.layout, self.s.max_new_tokens)
 
     def __call__(self, prompts: list[str], trainer: GRPOTrainer) -> dict[str, list]:
         asked = [self.questions[q] for q in prompts[::len(self.s.arms)]]
@@ -144,8 +144,9 @@ class Sampler:
         with sampling(trainer.accelerator.unwrap_model(trainer.model), not self.s.load_in_4bit) as model:
             ends = engines.end_tokens(model.generation_config, self.tokenizer)
             jobs = engines.tokenize(requests, self.tokenizer, model.config.max_position_embeddings)
-            share = -(-len(jobs) // torch.get_num_threads())   # a batch for each core
-            tokens = dict(x for done in decoding.decode(jobs, model, ends, rows=min(256, share)) for x in done)
+            cores = torch.get_num_threads() if model.device.type == "cpu" else 1
+            rows = min(256, -(-len(jobs) // cores))   # a batch for each core
+            tokens = dict(x for done in decoding.decode(jobs, model, ends, rows=rows) for x in done)
         tokens = [tokens[i] for i in range(len(jobs))]
         return jobs, tokens, [engines.completion(r, t, ends, self.tokenizer) for r, t in zip(requests, tokens)]
 

@@ -7,7 +7,7 @@ __all__ = ['CHOICES', 'CAPPED', 'NEEDED', 'SET_TERMS', 'RECORD', 'TRAJECTORY', '
            'build_pairs_report', 'build_pairs', 'compare_policies', 'plot_pairs_per_question', 'inertness_audit',
            'read_rollouts', 'open_phase', 'main', 'arm_table', 'pair_table']
 
-# %% ../nbs/03_preferences.ipynb #c21b397b
+# %% ../nbs/03_preferences.ipynb #0b25a5db
 import dataclasses, difflib, hashlib
 from collections import Counter
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from tqdm.auto import tqdm
 
-from . import show
+from . import models, show
 from .data import TEMPLATE, build_prompt
 from .records import Phase, RecordError, RecordWriter, existing, read_records, require, resolve, run_folder, settings
 from .regime_w import CANONICAL, REWARD_TERMS, find_preset, reward, score_records, word_overlap
 
-# %% ../nbs/03_preferences.ipynb #bc824106
+# %% ../nbs/03_preferences.ipynb #1f1bdf7b
 CHOICES = {"policy": ("all", "capped", "best-worst", "hard", "first-error"), "prompt": ("canonical", "arm"), "pairing": ("any", "same-prompt"), "pair_types": ("both", "correctness", "coherence")}
 
 CAPPED = ("capped", "first-error")  # policies under which `cap` limits the pairs of a question
@@ -46,13 +46,17 @@ class PairRules:
             require(value in known, f"{name} must be one of {', '.join(known)}, got {value!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
         require(self.threshold >= 0, f"threshold must be 0 or more, got {self.threshold}")
         require(self.cap >= 1, f"cap must be at least 1, got {self.cap}")
-        build_prompt("", template=self.template)
+        build_prompt("", template=self.layout)
 
-# %% ../nbs/03_preferences.ipynb #19c9b5e9
+    @property
+    def layout(self) -> str: return self.template   # what the canonical prompt is built from
+
+# %% ../nbs/03_preferences.ipynb #a5c21ee2
 @dataclass(kw_only=True)
 class PreferenceSettings(PairRules):
     "Parameters of phase 3; raises `SettingsError` on a value out of range."
     run: str
+    base: str
     rollouts: str
     preset: str
 
@@ -63,10 +67,13 @@ class PreferenceSettings(PairRules):
         self.rollouts = self.rollouts or f"outputs/{self.run}/02_rollouts/rollouts.jsonl"
 
     @property
+    def layout(self) -> str: return models.prompt_template(self.base, self.template)   # what every prompt is built from
+
+    @property
     def path(self) -> Path: return run_folder(self.run)/"03_preferences"/"pairs.jsonl"
 
     @property
-    def rules(self) -> dict: return {f.name: getattr(self, f.name) for f in dataclasses.fields(PairRules)}
+    def rules(self) -> dict: return {f.name: getattr(self, f.name) for f in dataclasses.fields(PairRules)} | {"template": self.layout}
 
 # %% ../nbs/03_preferences.ipynb #f14311e8
 NEEDED = ("arm_name", "full_text", "correct", "reward")
@@ -280,10 +287,10 @@ def _check_trajectory(t, where: str):
         if not isinstance(t[name], kind) or isinstance(t[name], bool):
             raise RecordError(f"{where}: field {name!r} must be {getattr(kind, '__name__', 'text or null')}, got {t[name]!r:.60}")
 
-# %% ../nbs/03_preferences.ipynb #8f39d99a
+# %% ../nbs/03_preferences.ipynb #2f59e581
 def open_phase(s: PreferenceSettings) -> Phase:
     "Phase 3 of the run; refuses a folder that another configuration made."
-    return Phase("03_preferences", s, existing(rollouts=s.rollouts), machine=("rollouts",))
+    return Phase("03_preferences", s, existing(rollouts=s.rollouts), machine=("rollouts", "base"))
 
 def main(s: PreferenceSettings) -> list[dict]: # the pairs, as written to `s.path`
     "Build the pairs of a run, or read those that are there; raises `RecordError` when no pair can be made."

@@ -22,7 +22,7 @@ from .records import Phase, RecordError, RecordWriter, existing, iter_records, r
 from .stats import wilson
 from .trajectories import record, requests_for, trajectory
 
-# %% ../nbs/02_rollouts.ipynb #b92e1ba7
+# %% ../nbs/02_rollouts.ipynb #18591ed0
 @dataclass
 class RolloutSettings:
     "Parameters of phase 2; raises `SettingsError` on a value out of range."
@@ -45,7 +45,7 @@ class RolloutSettings:
     def __post_init__(self):
         for name in ("max_new_tokens", "batch_size", "chunk"): require(getattr(self, name) > 0, f"{name} must be above 0, got {getattr(self, name)}")
         require(self.limit >= 0 and self.n_gpu >= 0, f"limit and n_gpu must be 0 or more, got {self.limit} and {self.n_gpu}")
-        require("{question}" in self.template, f"template must hold {{question}}, got {self.template!r}")
+        require("{question}" in self.layout, f"template must hold {{question}} or be chat, got {self.template!r}")
         require(not self.import_from or resolve(self.import_from).is_file(), f"import_from: there is no file {self.import_from}")
         engines.check_engine(self.engine)
         models.pick_dtype(self.dtype)
@@ -57,6 +57,9 @@ class RolloutSettings:
     def folder(self) -> Path: return run_folder(self.run)/"02_rollouts"
 
     @property
+    def layout(self) -> str: return models.prompt_template(self.base, self.template)   # what every prompt is built from
+
+    @property
     def answering(self) -> str | None: return None if self.adapter == "none" else self.adapter   # the adapter to load
 
     @property
@@ -65,7 +68,7 @@ class RolloutSettings:
     @property
     def path(self) -> Path: return self.folder/"rollouts.jsonl"
 
-# %% ../nbs/02_rollouts.ipynb #3c1edef5
+# %% ../nbs/02_rollouts.ipynb #397ec0f8
 def _read_rollouts(path: Path) -> list[dict]:
     "Rollout records, checked for the fields that later phases need."
     return read_records(path, {"question_id": str, "gold_answer": str, "metrics": dict, "trajectories": list})
@@ -80,7 +83,7 @@ def collect(s: RolloutSettings,
     with RecordWriter(shard) as writer, tqdm(total=sum(map(len, chunks)) * len(s.arms), desc="rollouts", unit="trajectories") as bar:
         tokens, start = 0, time.perf_counter()
         for questions in chunks:
-            requests = {q["question_id"]: requests_for(q, s.arms, s.template, s.max_new_tokens) for q in questions}
+            requests = {q["question_id"]: requests_for(q, s.arms, s.layout, s.max_new_tokens) for q in questions}
             missing = {q["question_id"]: q for q in questions if q["question_id"] not in done}
             completions, to_come = {}, Counter({q: len(requests[q]) for q in missing})
             def on_done(finished):
@@ -147,7 +150,7 @@ def _generated(s: RolloutSettings) -> list[dict]:
         raise RecordError(f"{s.folder}: {len(missing)} of {len(questions)} questions have no record, {missing[0]} for one; run the phase again to make them")
     return [found[q] for q in questions]
 
-# %% ../nbs/02_rollouts.ipynb #129bfff3
+# %% ../nbs/02_rollouts.ipynb #ef40c196
 def imported_trajectory(t: dict, # of a foreign record: `full_text`, and perhaps `arm_name`, `prompt`, `finish_reason`, `seed`
                         where: str, # file, line and place, for error messages
                         question: str, gold: str, tokenizer, s: RolloutSettings) -> dict:
@@ -157,7 +160,7 @@ def imported_trajectory(t: dict, # of a foreign record: `full_text`, and perhaps
         if name == "full_text" and name not in t: raise RecordError(f"{where}: field 'full_text' is missing; it has {', '.join(t) or 'no fields'}")
         if not isinstance(t.get(name, ""), str): raise RecordError(f"{where}: field {name!r} must be text, got {t[name]!r:.60}")
     arm = next((a for a in s.arms if a.name == t.get("arm_name")), None)
-    prompt = t.get("prompt") or build_prompt(question, arm.instruction if arm else regime_w.CANONICAL, s.template)
+    prompt = t.get("prompt") or build_prompt(question, arm.instruction if arm else regime_w.CANONICAL, s.layout)
     text, reason = t["full_text"].removeprefix(prompt), t.get("finish_reason", "unknown")
     request = engines.Request(f"{question_id(question)}/{t.get('arm_name', 'unnamed')}", prompt, seed=t.get("seed"))
     tokens = len(tokenizer(text, add_special_tokens=False).input_ids) + (reason != "length")   # the end token counts

@@ -23,28 +23,33 @@ def curves(log: pd.DataFrame,          # one row a logged step, indexed by step
         if len(columns) > 1: ax.legend(frameon=False)
     fig.tight_layout()
 
-# %% ../nbs/lib/show.ipynb #eb8b4a7c
+# %% ../nbs/lib/show.ipynb #af9db596
+def _numbers(x: pd.Series) -> pd.Series:
+    "What a histogram counts; numbers that differ by rounding errors alone are one, since no bins fit between them."
+    return x.dropna().astype(float).round(9)
+
 def histograms(df: pd.DataFrame, columns: list[str], # a panel each
                by: str | None = None, # one outline for each value of this column
                bins: int = 30, size: float = 3.2, counts: str = "rows"):
     "A histogram of each column, in common bins, as shares so that groups of different size compare."
     fig, axes = plt.subplots(1, len(columns), figsize=(1.2 * size * len(columns), size), squeeze=False)
     for ax, column in zip(axes[0], columns):
-        edges = np.histogram_bin_edges(df[column].dropna().astype(float), bins)
+        edges = np.histogram_bin_edges(_numbers(df[column]), bins)
         for name, part in (df.groupby(by)[column] if by else [(None, df[column])]):
-            x = part.dropna().astype(float)
+            x = _numbers(part)
             ax.hist(x, edges, weights=np.full(len(x), 1 / max(1, len(x))), histtype="step" if by else "bar", linewidth=1.6, label=f"{by} = {name} (n = {len(x)})" if by else None)
         ax.set(xlabel=column, ylabel=f"share of {counts}", title=f"{column} (n = {df[column].notna().sum()})")
         if by: ax.legend(frameon=False, fontsize=8)
     fig.tight_layout()
 
-# %% ../nbs/lib/show.ipynb #6381a319
+# %% ../nbs/lib/show.ipynb #f6145f55
 def panels(df: pd.DataFrame, column: str, by: str, columns: int = 4, bins: int = 30, counts: str = "rows"):
     "A histogram of `column` for each value of `by`, in order of appearance, on common axes."
-    groups, edges = df.groupby(by, sort=False)[column], np.histogram_bin_edges(df[column].dropna().astype(float), bins)
+    groups, edges = df.groupby(by, sort=False)[column], np.histogram_bin_edges(_numbers(df[column]), bins)
     fig, axes = plt.subplots(-(-len(groups) // columns), columns, figsize=(2.7 * columns, 1.7 * -(-len(groups) // columns)), sharex=True, sharey=True, squeeze=False)
-    for ax, (name, x) in zip(axes.flat, groups):
-        ax.hist(x.astype(float), edges, weights=np.full(len(x), 1 / len(x)))
+    for ax, (name, part) in zip(axes.flat, groups):
+        x = _numbers(part)
+        ax.hist(x, edges, weights=np.full(len(x), 1 / len(x)))
         ax.set_title(f"{name} (n = {len(x)})", fontsize=9)
     for ax in list(axes.flat)[len(groups):]: ax.set_axis_off()
     fig.supxlabel(column)
