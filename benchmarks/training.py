@@ -4,6 +4,7 @@ Ours keeps one base in memory, trains a LoRA adapter, and computes the reference
 The other way is what earlier scripts did: the policy and a second full copy of the model as reference, which runs at every update.
 
     python benchmarks/training.py                                     # a Mistral of 110 million random weights, on the processor
+    python benchmarks/training.py --shape 1b                          # of a billion, still on the processor
     python benchmarks/training.py --shape 7b --batch 2 --tokens 512   # the shape of Mistral-7B, for a GPU
 
 Each way runs in a process of its own, so that its peak memory is its own. The share of peak arithmetic (MFU) counts 6 FLOP a weight and
@@ -11,7 +12,7 @@ trained token for a full training, and 4 for an adapter: forward 2, gradients of
 """
 import argparse, json, resource, subprocess, sys, tempfile, time, warnings
 
-SHAPES = {"tiny": (64, 2, 4, 128, 512), "110m": (768, 12, 12, 2048, 4096), "7b": (4096, 32, 32, 14336, 32000)}  # width, layers, heads, feed-forward, vocabulary
+SHAPES = {"tiny": (64, 2, 4, 128, 512), "110m": (768, 12, 12, 2048, 4096), "1b": (2048, 22, 32, 5632, 32000), "7b": (4096, 32, 32, 14336, 32000)}  # width, layers, heads, feed-forward, vocabulary
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOP/s of the data sheets
 WAYS = ("ours", "two models")
 

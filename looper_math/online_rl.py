@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MONITORS', 'WATCHED', 'OnlineSettings', 'sampling', 'readings', 'Sampler', 'reward_functions', 'StartsAtReference',
-           'make_trainer', 'open_phase', 'main', 'thirds', 'hacking']
+           'ordered', 'make_trainer', 'open_phase', 'main', 'thirds', 'hacking']
 
-# %% ../nbs/06_online_rl.ipynb #ff76af35
-import copy, dataclasses
+# %% ../nbs/06_online_rl.ipynb #5f1c4f01
+import copy, dataclasses, os, random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +26,9 @@ from .ppo import PPOTrainer
 from .records import Phase, existing, read_json, require, resolve, run_folder, settings, write_json
 from .training import TrainingSettings
 from .trajectories import record, requests_for, trajectory
+
+# %% ../nbs/06_online_rl.ipynb #81c961eb
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"   # rollout_func may change with TRL's version, and that is pinned
 
 # %% ../nbs/06_online_rl.ipynb #34d1a665
 MONITORS = ("correct", "coherence", "support", "ledger", "empty_agreement")   # watched, rewarded or not
@@ -159,28 +162,34 @@ def reward_functions(names: list[str]) -> list:
         return read
     return [reader(name) for name in names]
 
-# %% ../nbs/06_online_rl.ipynb #16c15b4e
+# %% ../nbs/06_online_rl.ipynb #279d04f7
 class StartsAtReference(TrainerCallback):
     "Raise `RuntimeError` after the first update unless policy and reference were equal before it."
     def on_log(self, args, state, control, logs, **kwargs):
         if state.global_step == 1 and abs(logs.get("kl", 0)) > .01:
             raise RuntimeError(f"the divergence at step 0 is {logs['kl']:.3g} nats a token, not 0: the reference is not base + starting adapter")
 
-def make_trainer(s: OnlineSettings, questions: list[dict]) -> GRPOTrainer:
-    "TRL's trainer for the adapter; raises `SettingsError` when the questions do not fill one update."
+def ordered(questions: list[dict], s: OnlineSettings) -> list[dict]:
+    "The questions of all epochs in the order in which they are asked, a new order for each epoch, without the rest that fills no update; raises `SettingsError` when they fill none."
     groups = s.effective_batch
     require(len(questions) >= groups, f"{s.questions}: {len(questions)} questions, and one update takes {groups}; give more, or lower batch_size or accumulation")
+    return [q for epoch in range(s.epochs) for q in random.Random(f"{s.seed}/{epoch}").sample(questions, len(questions) // groups * groups)]
+
+def make_trainer(s: OnlineSettings, questions: list[dict]) -> GRPOTrainer:
+    "TRL's trainer for the adapter; raises `SettingsError` when the questions do not fill one update."
+    asked = ordered(questions, s)
     model = models.load_adapter(models.load_base(s.base, **s.loading), s.adapter, trainable=True)
     tokenizer, n = models.load_tokenizer(s.base), len(s.arms)
-    arguments = training.trainer_arguments(s, s.trained, len(questions) * s.iterations) | {
+    arguments = training.trainer_arguments(s, s.trained, len(asked) // s.epochs * s.iterations) | {
+        "num_train_epochs": 1, "shuffle_dataset": False, "disable_dropout": True, "loss_type": "dapo",
         "per_device_train_batch_size": s.batch_size * n, "num_generations": n, "steps_per_generation": s.accumulation, "num_iterations": s.iterations,
         "max_completion_length": s.max_new_tokens, "temperature": s.temperature, "beta": s.beta, "epsilon": s.clip, "scale_rewards": s.scale_rewards,
         "reward_weights": [*s.signals.values()], "save_strategy": "steps", "save_steps": s.save_every, "remove_unused_columns": False}
     kind, more = (PPOTrainer, {"lam": s.lam, "value_weight": s.value_weight}) if s.algorithm == "ppo" else (GRPOTrainer, {})
     return kind(model, reward_funcs=reward_functions([*s.signals]), args=training.one_device(GRPOConfig(**arguments)), processing_class=tokenizer,
-                train_dataset=Dataset.from_list([{"prompt": q["question_id"]} for q in questions]), rollout_func=Sampler(s, questions, tokenizer), callbacks=[StartsAtReference()], **more)
+                train_dataset=Dataset.from_list([{"prompt": q["question_id"]} for q in asked]), rollout_func=Sampler(s, questions, tokenizer), callbacks=[StartsAtReference()], **more)
 
-# %% ../nbs/06_online_rl.ipynb #df8bb93c
+# %% ../nbs/06_online_rl.ipynb #ddf71492
 def open_phase(s: OnlineSettings) -> Phase:
     "Phase 6 of the run; refuses a folder that another configuration made."
     return Phase("06_online_rl", s, existing(base=s.base, questions=s.questions, dev=s.dev) | {"adapter": resolve(s.adapter)}, machine=(*training.MACHINE, "adapter"))
@@ -198,11 +207,11 @@ def main(s: OnlineSettings):
     moved = models.adapter_distance(s.adapter, s.trained)
     if moved == 0: raise RuntimeError(f"{s.trained} equals {s.adapter}: training changed no weight")
     traced, found = training.look(s, {"SFT": resolve(s.adapter)}, s.trained, held_out, name=lambda i, update: f"update {update}")
-    counts = {"questions": len(questions), "updates": trainer.state.global_step, "trajectories": trainer.state.global_step // s.iterations * s.effective_batch * len(s.arms)}
+    counts = {"questions": len(ordered(questions, s)) // s.epochs, "updates": trainer.state.global_step, "trajectories": trainer.state.global_step // s.iterations * s.effective_batch * len(s.arms)}
     metrics = {"first_divergence": float(log.kl.iloc[0]) if s.beta else None, "adapter_moved_by": moved, "heldout": found} | {f"{when}_{k}": v for when, part in thirds(log).items() for k, v in part.items()}
     training.finish(phase, s, s.trained, [s.samples], traced, counts, metrics)
 
-# %% ../nbs/06_online_rl.ipynb #f70a0f00
+# %% ../nbs/06_online_rl.ipynb #6d410bfb
 WATCHED = {"reward": "reward", "correct": "rewards/correct/mean", "coherence": "rewards/coherence/mean", "empty_agreement": "rewards/empty_agreement/mean", "tokens": "completions/mean_length", "entropy": "entropy"}
 
 def thirds(log: pd.DataFrame) -> dict[str, dict[str, float]]: # first, last → name of `WATCHED` → mean
@@ -210,16 +219,18 @@ def thirds(log: pd.DataFrame) -> dict[str, dict[str, float]]: # first, last → 
     size = max(1, len(log) // 3)
     return {when: {name: float(part[column].mean()) for name, column in WATCHED.items() if column in part} for when, part in (("first", log.iloc[:size]), ("last", log.iloc[-size:]))}
 
-def hacking(log: pd.DataFrame) -> str: # one sentence for each thing that was found
-    "Signs of reward hacking in words: reward without right answers, empty agreement, drift of length."
+def hacking(log: pd.DataFrame) -> str: # a sentence on what happened, then one for each suspicion
+    "What became of reward and right answers, and signs of reward hacking: reward without right answers, empty agreement, drift of length. A change counts beyond two standard errors."
+    if len(log) < 6: return f"{len(log)} updates were logged, too few to tell."
     first, last = thirds(log).values()
-    found = []
-    if last["reward"] > first["reward"] and last["correct"] <= first["correct"]:
-        found.append(f"Reward hacking: the reward rose from {first['reward']:.3f} to {last['reward']:.3f} while the share of right samples went from {first['correct']:.1%} to {last['correct']:.1%}.")
-    if last["empty_agreement"] > 1.2 * first["empty_agreement"]:
-        found.append(f"Empty agreement grew: {first['empty_agreement']:.1%} of the samples shared a wrong answer with most others, {last['empty_agreement']:.1%} at the end.")
+    size = len(log) // 3
+    error = lambda name: 2 * ((log[WATCHED[name]].iloc[:size].var() + log[WATCHED[name]].iloc[-size:].var()) / size)**.5
+    change = {name: last[name] - first[name] for name in WATCHED}
+    found = [f"From the first to the last third of the updates the reward went from {first['reward']:.3f} to {last['reward']:.3f}, right samples from {first['correct']:.1%} to {last['correct']:.1%}."]
+    if change["reward"] > error("reward") and change["correct"] < -error("correct"): found.append("Reward hacking: the reward rose while right answers fell.")
+    if change["empty_agreement"] > error("empty_agreement"): found.append(f"Empty agreement grew: {first['empty_agreement']:.1%} of the samples shared a wrong answer with most others, {last['empty_agreement']:.1%} at the end.")
     if not .8 < last["tokens"] / first["tokens"] < 1.25: found.append(f"Length drifted from {first['tokens']:.0f} to {last['tokens']:.0f} tokens.")
-    return " ".join(found) or "No sign of reward hacking: right answers rose with the reward, wrong answers are not shared more often, and length stayed within a quarter."
+    return " ".join(found + ["No sign of reward hacking."] * (len(found) == 1))
 
 # %% ../nbs/06_online_rl.ipynb #0f9ec81e
 #| eval: false

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['estimate', 'whiten', 'value_loss', 'explained', 'PPOTrainer']
 
-# %% ../nbs/lib/ppo.ipynb #037dfe57
+# %% ../nbs/lib/ppo.ipynb #62622659
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from trl import GRPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
 
 # %% ../nbs/lib/ppo.ipynb #74e4d561
 def estimate(rewards: Tensor, # (B,) one a completion, given with its last token
@@ -34,22 +35,24 @@ def whiten(x: Tensor, mask: Tensor, # (B, T)
     mean = s / n
     return (x - mean) / ((squares / n - mean**2).clamp(min=0).sqrt() + 1e-6) * mask
 
-# %% ../nbs/lib/ppo.ipynb #e8c13bdf
+# %% ../nbs/lib/ppo.ipynb #4df969ef
 def value_loss(values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, # (B, T)
                clip: float
               ) -> Tensor: # a scalar
-    "Half the clipped squared error, averaged over the tokens that count."
+    "Half the clipped squared error, summed over the tokens that count."
     near = old + (values - old).clamp(-clip, clip)
-    worse = torch.maximum((values - returns)**2, (near - returns)**2)
-    return (worse * mask).sum() / mask.sum().clamp(min=1) / 2
+    return (torch.maximum((values - returns)**2, (near - returns)**2) * mask).sum() / 2
 
-def explained(values: Tensor, returns: Tensor, mask: Tensor # (B, T)
-             ) -> float: # 1 for perfect guesses, 0 for a constant, negative for worse than that
+def explained(values: Tensor, returns: Tensor, mask: Tensor, # (B, T)
+              total=lambda t: t # sums a tensor over all processes
+             ) -> float: # 1 for perfect guesses, 0 for a constant, negative for worse than that, nan where all returns are equal
     "Share of the returns' variance that the guesses explain."
-    v, r = values[mask > 0], returns[mask > 0]
-    return 1 - ((r - v).var() / r.var().clamp(min=1e-8)).item()
+    error = returns - values
+    n, r, rr, e, ee = total(torch.stack([mask.sum(), *((x * mask).sum() for x in (returns, returns**2, error, error**2))]))
+    variance = rr / n - (r / n)**2
+    return (1 - (ee / n - (e / n)**2) / variance).item() if variance > 1e-8 else float("nan")
 
-# %% ../nbs/lib/ppo.ipynb #e8c6a3c0
+# %% ../nbs/lib/ppo.ipynb #4d45b65f
 class PPOTrainer(GRPOTrainer):
     "GRPO's trainer with advantages from a value model; takes a peft model."
     def __init__(self, model, *args, lam: float = .95, value_weight: float = .1, value_clip: float = .2, **kwargs):
@@ -69,14 +72,18 @@ class PPOTrainer(GRPOTrainer):
         "Values before each of the last `tokens` tokens, from hidden states (B, length, width)."
         return self._peft_model.value_head(hidden[:, -tokens - 1:-1].float()).squeeze(-1)
 
+    def _total(self, x: Tensor) -> Tensor: return self.accelerator.reduce(x, reduction="sum")
+
+    def _hidden(self, ids: Tensor, mask: Tensor) -> Tensor: # (B, length, width)
+        with self.accelerator.autocast(): return self._decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+
     @torch.no_grad()
-    def _values(self, output: dict) -> Tensor: # (B, T)
+    def _values(self, output: dict) -> Tensor: # (B, T), in float32 whatever the arithmetic of the model
         "Values before each token of freshly sampled completions."
         ids, mask = (torch.cat([output[f"prompt_{k}"], output[f"completion_{k}"]], 1) for k in ("ids", "mask"))
-        size = self.args.per_device_train_batch_size
-        with self.accelerator.autocast():
-            return torch.cat([self._guess(self._decoder(input_ids=i, attention_mask=m).last_hidden_state, output["completion_ids"].shape[1])
-                              for i, m in zip(ids.split(size), mask.split(size))])
+        size, tokens = self.args.per_device_train_batch_size, output["completion_ids"].shape[1]
+        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            return torch.cat([self._guess(self._hidden(i, m), tokens) for i, m in zip(ids.split(size), mask.split(size))])
 
     def _calculate_rewards(self, *args):
         "TRL's rewards, (N, terms) over all processes; keeps this process's share of their weighted sums."
@@ -90,9 +97,8 @@ class PPOTrainer(GRPOTrainer):
         output = super()._generate_and_score_completions(inputs)
         values, mask = self._values(output), output["completion_mask"].float()
         advantages, returns = estimate(self._rewards, values, mask, self.lam)
-        self._metrics["train"]["value/explained_variance"].append(explained(values, returns, mask))
-        total = lambda t: self.accelerator.reduce(t, reduction="sum")
-        return output | {"advantages": whiten(advantages, mask, total), "values": values, "returns": returns}
+        self._metrics["train"]["value/explained_variance"].append(explained(values, returns, mask, self._total))
+        return output | {"advantages": whiten(advantages, mask, self._total), "values": values, "returns": returns}
 
     def _compute_loss(self, model, inputs):
         "The policy's clipped loss, and the value model's on the hidden states of the same forward pass."
@@ -100,9 +106,11 @@ class PPOTrainer(GRPOTrainer):
         hook = self._decoder.register_forward_hook(lambda module, given, out: seen.append(out.last_hidden_state))
         try: policy = super()._compute_loss(model, inputs)
         finally: hook.remove()
-        loss = value_loss(self._guess(seen[-1], inputs["completion_ids"].shape[1]), inputs["values"], inputs["returns"], inputs["completion_mask"], self.value_clip)
-        self._metrics["train"]["value/loss"].append(loss.item())
-        return policy + self.value_weight * loss / self.current_gradient_accumulation_steps
+        guess = self._guess(seen[-1], inputs["completion_ids"].shape[1])
+        tokens = inputs["num_items_in_batch"] * self.current_gradient_accumulation_steps / self.args.steps_per_generation   # of this update, over all processes
+        loss = value_loss(guess, inputs["values"], inputs["returns"], inputs["completion_mask"], self.value_clip) / tokens
+        self._metrics["train"]["value/loss"].append(self._total(loss.detach()).item() * self.current_gradient_accumulation_steps)   # TRL averages over the batches of an update
+        return policy + self.value_weight * loss * self.accelerator.num_processes   # gradients are averaged over the processes
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)

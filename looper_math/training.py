@@ -186,7 +186,7 @@ def history(folder: str | Path) -> pd.DataFrame: # one row a logged step, column
     log = read_json(Path(folder)/"trainer_state.json")["log_history"]
     return pd.DataFrame([row for row in log if "loss" in row]).set_index("step")
 
-# %% ../nbs/lib/training.ipynb #862c9cb4
+# %% ../nbs/lib/training.ipynb #93ae8e0f
 def heldout_questions(s: TrainingSettings,
                       trained: list[dict], # what is trained on, with the field question
                       name: str # of the file that holds it
@@ -198,8 +198,9 @@ def heldout_questions(s: TrainingSettings,
     return questions
 
 def _copy_adapter(source: Path, folder: Path):
-    "Put the adapter of one folder into another."
-    for name in ("adapter_model.safetensors", "adapter_config.json"): shutil.copyfile(source/name, folder/name)
+    "Put the adapter of one folder into another, with its value model if it has one."
+    for name in ("adapter_model.safetensors", "adapter_config.json", "value_head.safetensors"):
+        if (source/name).exists(): shutil.copyfile(source/name, folder/name)
 
 def look(s: TrainingSettings,
          start: dict, # name → adapter folder, or none for the bare base: where the training began

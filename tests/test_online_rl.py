@@ -19,10 +19,10 @@ def settings(small_run, name: str, **changes) -> online_rl.OnlineSettings:
     return online_rl.OnlineSettings(**small("06_online_rl", run=run, adapter=str(small_run / "01_sft" / "adapter"), **SHARED | changes))
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
-def test_online_rl_after_a_kill(small_run, algorithm):
-    "kill -9 after the first checkpoint, then the phase again: weights, value model and samples of an unbroken training."
-    unbroken, killed = (settings(small_run, f"{algorithm}-{name}", algorithm=algorithm) for name in ("unbroken", "killed"))
+@pytest.mark.parametrize("algorithm, changes", [("grpo", {"limit": 4, "epochs": 2}), ("ppo", {"limit": 4, "iterations": 2})])
+def test_online_rl_after_a_kill(small_run, algorithm, changes):
+    "kill -9 after the first checkpoint, then the phase again: weights, value model and samples of an unbroken training, over two epochs and with two updates on each batch of samples."
+    unbroken, killed = (settings(small_run, f"{algorithm}-{name}", algorithm=algorithm, **changes) for name in ("unbroken", "killed"))
     process = start("online_rl", "OnlineSettings", "main", vars(killed))
     kill_when(process, lambda: training.checkpoints(killed.trained))
     assert not (killed.folder / "manifest.json").exists()
