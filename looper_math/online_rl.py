@@ -189,7 +189,7 @@ def make_trainer(s: OnlineSettings, questions: list[dict]) -> GRPOTrainer:
     return kind(model, reward_funcs=reward_functions([*s.signals]), args=training.one_device(GRPOConfig(**arguments)), processing_class=tokenizer,
                 train_dataset=Dataset.from_list([{"prompt": q["question_id"]} for q in asked]), rollout_func=Sampler(s, questions, tokenizer), callbacks=[StartsAtReference()], **more)
 
-# %% ../nbs/06_online_rl.ipynb #ddf71492
+# %% ../nbs/06_online_rl.ipynb #df5ee235
 def open_phase(s: OnlineSettings) -> Phase:
     "Phase 6 of the run; refuses a folder that another configuration made."
     return Phase("06_online_rl", s, existing(base=s.base, questions=s.questions, dev=s.dev) | {"adapter": resolve(s.adapter)}, machine=(*training.MACHINE, "adapter"))
@@ -208,7 +208,7 @@ def main(s: OnlineSettings):
     if moved == 0: raise RuntimeError(f"{s.trained} equals {s.adapter}: training changed no weight")
     traced, found = training.look(s, {"SFT": resolve(s.adapter)}, s.trained, held_out, name=lambda i, update: f"update {update}")
     counts = {"questions": len(ordered(questions, s)) // s.epochs, "updates": trainer.state.global_step, "trajectories": trainer.state.global_step // s.iterations * s.effective_batch * len(s.arms)}
-    metrics = {"first_divergence": float(log.kl.iloc[0]) if s.beta else None, "adapter_moved_by": moved, "heldout": found} | {f"{when}_{k}": v for when, part in thirds(log).items() for k, v in part.items()}
+    metrics = {"first_divergence": float(log.kl.iloc[0]) if s.beta else None, "adapter_moved_by": moved, "hacking": hacking(log), "heldout": found} | {f"{when}_{k}": v for when, part in thirds(log).items() for k, v in part.items()}
     training.finish(phase, s, s.trained, [s.samples], traced, counts, metrics)
 
 # %% ../nbs/06_online_rl.ipynb #6d410bfb

@@ -108,19 +108,27 @@ def _training_criteria(folder: Path, found: dict) -> list[tuple]:
     norms = [h["grad_norm"] for h in log]
     return rows + [("gradients are not zero", min(norms) > 0 if norms else None, f"norms {min(norms):.3g} to {max(norms):.3g}" if norms else "no training log")]
 
-# %% ../nbs/lib/report.ipynb #4074ba17
-def _gain_criterion(found: dict) -> tuple:
-    "DPO two points or more above SFT."
-    name = "DPO 2 points or more above SFT, p < .05"
-    change = found.get("05_eval", {}).get("metrics", {}).get("paired", {}).get("dpo_vs_sft")
-    if not change: return name, None, "dpo and sft were not compared"
+# %% ../nbs/lib/report.ipynb #4afbe557
+def _gain_criterion(found: dict, model: str) -> tuple:
+    "A model two points or more above SFT."
+    name = f"{model.upper()} 2 points or more above SFT, p < .05"
+    change = found.get("05_eval", {}).get("metrics", {}).get("paired", {}).get(f"{model}_vs_sft")
+    if not change: return name, None, f"{model} and sft were not compared"
     return name, change["difference"] >= .02 and change["p_holm"] < .05, f"{100*change['difference']:+.1f} points, corrected {p_text(change['p_holm'])}"
 
+def _online_criteria(found: dict) -> list[tuple]:
+    "Start, gain and honesty of online RL."
+    metrics, algorithm = found["06_online_rl"]["metrics"], found["06_online_rl"]["parameters"]["algorithm"]
+    start, said = metrics["first_divergence"], metrics["hacking"]
+    return [("starts at its reference", start <= .01 if start is not None else None, f"divergence {start:.2g} at the first update" if start is not None else "no divergence without beta"),
+            ("no sign of reward hacking", said.endswith("No sign of reward hacking."), said), _gain_criterion(found, algorithm)]
+
 def criteria(folder: Path) -> pd.DataFrame: # columns criterion, verdict, found
-    "The success criteria of a run, each with the number that decides it."
+    "The success criteria of a run, each with the number that decides it; those of rollouts, pairs and DPO unless online RL took their place."
     found = manifests(folder)
-    rows = _rollout_criteria(folder) + _training_criteria(folder, found) + [_gain_criterion(found)]
-    return pd.DataFrame([(name, _verdict(ok), text) for name, ok, text in rows], columns=["criterion", "verdict", "found"])
+    online = _online_criteria(found) if "06_online_rl" in found else []
+    rows = [] if online and "04_dpo" not in found else _rollout_criteria(folder) + _training_criteria(folder, found) + [_gain_criterion(found, "dpo")]
+    return pd.DataFrame([(name, _verdict(ok), text) for name, ok, text in rows + online], columns=["criterion", "verdict", "found"])
 
 # %% ../nbs/lib/report.ipynb #2da53c1f
 def clock(seconds: float) -> str: # `47.2 s` or `3 min 05 s`

@@ -354,7 +354,7 @@ def _close(folder: Path, phases: list[str], seconds: float) -> dict | None:
     print(f"{report.clock(seconds)} in all")
     return summary
 
-# %% ../nbs/lib/runs.ipynb #43ba7d2a
+# %% ../nbs/lib/runs.ipynb #8fdd4a23
 def _run_command(args, root: Path):
     "`looper run`."
     if args.recipe: run_recipe(args.recipe, args.run, getattr(args, "from"), args.to, args.p, root)
@@ -379,8 +379,9 @@ def _card_command(args, root: Path):
     "`looper card`."
     from looper_math import cards
     folder = _done(args.run, root)
-    for path in cards.write_cards(folder, args.model): print(_short(path))
-    if args.push: print(*cards.push(folder, args.model, args.push), sep="\n")
+    model = args.model or list(read_json(folder/"05_eval/manifest.json")["parameters"]["models"])[-1]
+    for path in cards.write_cards(folder, model).values(): print(_short(path))
+    if args.push: print(*cards.push(folder, model, args.push), sep="\n")
 
 def _ask_command(args, root: Path):
     "`looper ask`."
@@ -404,7 +405,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.set_defaults(do=_compare_command)
     card = commands.add_parser("card", help="write the cards of a run", description="Write the model card and the dataset card of a finished run.")
     card.add_argument("run", metavar="RUN", help="a finished run")
-    card.add_argument("--model", default="dpo", metavar="NAME", help="the evaluated model that the card is for (default: dpo)")
+    card.add_argument("--model", default="", metavar="NAME", help="the evaluated model that the card is for (default: the last one)")
     card.add_argument("--push", default="", metavar="REPO", help="send adapter, data and cards to private repositories REPO and REPO-data; needs a token in HF_TOKEN")
     card.set_defaults(do=_card_command)
     ask = commands.add_parser("ask", help="ask a model one question", description="One question to a model: every arm's solution with its signals, and the plain call beside them.")
