@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-# %% ../nbs/lib/show.ipynb #6555460c
+# %% ../nbs/lib/show.ipynb #5cafb36b
 def curves(log: pd.DataFrame,          # one row a logged step, indexed by step
            groups: dict[str, list[str]], # title of a panel → the columns in it
            size: float = 3.2             # inches a panel
@@ -20,7 +20,7 @@ def curves(log: pd.DataFrame,          # one row a logged step, indexed by step
     for ax, (title, columns) in zip(axes[0], groups.items()):
         for column in columns: ax.plot(log.index, log[column], label=column.split("/")[-1])
         ax.set(xlabel="update", ylabel=title, title=f"{title} (n = {len(log)} logged)")
-        if len(columns) > 1: ax.legend(frameon=False)
+        if len(columns) > 1: ax.legend(frameon=False, fontsize=8, ncols=2, loc="upper left", bbox_to_anchor=(-.05, -.2))   # curves may fill the panel
     fig.tight_layout()
 
 # %% ../nbs/lib/show.ipynb #af9db596
