@@ -30,7 +30,7 @@ from .trajectories import record, requests_for, trajectory
 # %% ../nbs/06_online_rl.ipynb #81c961eb
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"   # rollout_func may change with TRL's version, and that is pinned
 
-# %% ../nbs/06_online_rl.ipynb #34d1a665
+# %% ../nbs/06_online_rl.ipynb #662e4f16
 MONITORS = ("correct", "coherence", "support", "ledger", "empty_agreement")   # watched, rewarded or not
 
 @dataclass
@@ -51,13 +51,14 @@ class OnlineSettings(TrainingSettings):
     scale_rewards: str
     lam: float
     value_weight: float
+    value_learning_rate: float
     save_every: int
 
     def __post_init__(self):
         super().__post_init__()
         for name, options in (("algorithm", ("grpo", "ppo")), ("prompt", ("canonical", "arm")), ("scale_rewards", ("group", "batch", "none"))):
             require(getattr(self, name) in options, f"{name} must be {' or '.join(options)}, got {getattr(self, name)!r}")
-        for name in ("temperature", "clip", "iterations", "save_every"): require(getattr(self, name) > 0, f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("temperature", "clip", "iterations", "save_every", "value_learning_rate"): require(getattr(self, name) > 0, f"{name} must be above 0, got {getattr(self, name)}")
         for name in ("limit", "beta", "value_weight"): require(getattr(self, name) >= 0, f"{name} must be 0 or more, got {getattr(self, name)}")
         require(0 <= self.lam <= 1, f"lam must be from 0 to 1, got {self.lam}")
         require(self.save_every % self.iterations == 0, f"save_every must be a multiple of iterations, so that no checkpoint parts the updates on one batch of samples, got {self.save_every} and {self.iterations}")
@@ -162,7 +163,7 @@ def reward_functions(names: list[str]) -> list:
         return read
     return [reader(name) for name in names]
 
-# %% ../nbs/06_online_rl.ipynb #279d04f7
+# %% ../nbs/06_online_rl.ipynb #52ce0203
 class StartsAtReference(TrainerCallback):
     "Raise `RuntimeError` after the first update unless policy and reference were equal before it."
     def on_log(self, args, state, control, logs, **kwargs):
@@ -185,7 +186,7 @@ def make_trainer(s: OnlineSettings, questions: list[dict]) -> GRPOTrainer:
         "per_device_train_batch_size": s.batch_size * n, "num_generations": n, "steps_per_generation": s.accumulation, "num_iterations": s.iterations,
         "max_completion_length": s.max_new_tokens, "temperature": s.temperature, "beta": s.beta, "epsilon": s.clip, "scale_rewards": s.scale_rewards,
         "reward_weights": [*s.signals.values()], "save_strategy": "steps", "save_steps": s.save_every, "remove_unused_columns": False}
-    kind, more = (PPOTrainer, {"lam": s.lam, "value_weight": s.value_weight}) if s.algorithm == "ppo" else (GRPOTrainer, {})
+    kind, more = (PPOTrainer, {"lam": s.lam, "value_weight": s.value_weight, "value_learning_rate": s.value_learning_rate}) if s.algorithm == "ppo" else (GRPOTrainer, {})
     return kind(model, reward_funcs=reward_functions([*s.signals]), args=training.one_device(GRPOConfig(**arguments)), processing_class=tokenizer,
                 train_dataset=Dataset.from_list([{"prompt": q["question_id"]} for q in asked]), rollout_func=Sampler(s, questions, tokenizer), callbacks=[StartsAtReference()], **more)
 

@@ -52,14 +52,14 @@ def explained(values: Tensor, returns: Tensor, mask: Tensor, # (B, T)
     variance = rr / n - (r / n)**2
     return (1 - (ee / n - (e / n)**2) / variance).item() if variance > 1e-8 else float("nan")
 
-# %% ../nbs/lib/ppo.ipynb #4d45b65f
+# %% ../nbs/lib/ppo.ipynb #06d87b86
 class PPOTrainer(GRPOTrainer):
     "GRPO's trainer with advantages from a value model; takes a peft model."
-    def __init__(self, model, *args, lam: float = .95, value_weight: float = .1, value_clip: float = .2, **kwargs):
+    def __init__(self, model, *args, lam: float = 1., value_weight: float = .1, value_learning_rate: float = 3e-3, value_clip: float = .2, **kwargs):
         model.value_head = nn.Linear(model.config.hidden_size, 1).to(model.device)
         nn.init.zeros_(model.value_head.weight)
         nn.init.zeros_(model.value_head.bias)
-        self.lam, self.value_weight, self.value_clip = lam, value_weight, value_clip
+        self.lam, self.value_weight, self.value_learning_rate, self.value_clip = lam, value_weight, value_learning_rate, value_clip
         super().__init__(model, *args, **kwargs)
 
     @property
@@ -71,6 +71,13 @@ class PPOTrainer(GRPOTrainer):
     def _guess(self, hidden: Tensor, tokens: int) -> Tensor: # (B, tokens)
         "Values before each of the last `tokens` tokens, from hidden states (B, length, width)."
         return self._peft_model.value_head(hidden[:, -tokens - 1:-1].float()).squeeze(-1)
+
+    def create_optimizer(self, *args, **kwargs):
+        "TRL's optimizer, with a learning rate of the value layer's own."
+        head = self._peft_model.value_head.requires_grad_(False)
+        super().create_optimizer(*args, **kwargs)
+        self.optimizer.add_param_group({"params": list(head.requires_grad_(True).parameters()), "lr": self.value_learning_rate, "weight_decay": 0.})
+        return self.optimizer
 
     def _total(self, x: Tensor) -> Tensor: return self.accelerator.reduce(x, reduction="sum")
 
