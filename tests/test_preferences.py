@@ -196,7 +196,7 @@ def test_comparison_of_policies_agrees_with_the_pairs():
 def phase(tmp_path, monkeypatch):
     "Settings of a run in a project of its own, its rollouts written."
     monkeypatch.setattr(records, "ROOT", tmp_path)
-    s = PreferenceSettings(run="r", rollouts="", preset="platinum-11", policy="capped")
+    s = PreferenceSettings(run="r", base="data/pocket-base", rollouts="", preset="platinum-11", policy="capped")
     folder = tmp_path/"outputs"/"r"/"02_rollouts"
     folder.mkdir(parents=True)
     with records.RecordWriter(folder/"rollouts.jsonl") as writer: writer.append(list(score_records(raw_rollouts(20))))
@@ -261,6 +261,6 @@ def test_missing_rollouts_and_no_pairs(phase):
 
 
 def test_bad_settings():
-    with pytest.raises(SettingsError, match="did you mean 'capped'"): PreferenceSettings(run="r", rollouts="", preset="platinum-11", policy="caped")
-    with pytest.raises(ValueError, match="platinum-11"): PreferenceSettings(run="r", rollouts="", preset="platinum11")
-    with pytest.raises(SettingsError): PreferenceSettings(run="../r", rollouts="", preset="platinum-11")
+    with pytest.raises(SettingsError, match="did you mean 'capped'"): PreferenceSettings(run="r", base="data/pocket-base", rollouts="", preset="platinum-11", policy="caped")
+    with pytest.raises(ValueError, match="platinum-11"): PreferenceSettings(run="r", base="data/pocket-base", rollouts="", preset="platinum11")
+    with pytest.raises(SettingsError): PreferenceSettings(run="../r", base="data/pocket-base", rollouts="", preset="platinum-11")
