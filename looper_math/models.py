@@ -82,7 +82,7 @@ def source(name: str) -> str: # path of a folder with safetensors
         folder = _fetched(name)
     return str(_safetensors(folder))
 
-# %% ../nbs/lib/models.ipynb #92240918
+# %% ../nbs/lib/models.ipynb #a47730a5
 def load_tokenizer(name: str): # hub name or folder
     "The tokenizer, with a padding token: its own, else unknown or end, never a new embedding row."
     folder = source(name)
@@ -93,7 +93,7 @@ def load_tokenizer(name: str): # hub name or folder
 
 def load_base(name: str, # hub name or folder
               dtype: str = "auto",         # see `pick_dtype`
-              load_in_4bit: bool = False,  # weights in four bits, by bitsandbytes on a GPU
+              load_in_4bit: bool = False,  # weights in four bits, by bitsandbytes
               kernels: bool = False        # layer kernels from the hub, by the package kernels on a GPU
              ): # the model, on its device, in eval mode
     "The base model."
@@ -101,7 +101,10 @@ def load_base(name: str, # hub name or folder
     options = {"use_kernels": True} if kernels else {}
     if load_in_4bit:   # quantized while it is loaded, so it has to be put on its device there
         options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=pick_dtype(dtype))
-        return AutoModelForCausalLM.from_pretrained(source(name), dtype=pick_dtype(dtype), device_map={"": device()}, **options).eval()
+        model = AutoModelForCausalLM.from_pretrained(source(name), dtype=pick_dtype(dtype), device_map={"": device()}, **options).eval()
+        for layer in model.modules():   # on a processor bitsandbytes 0.50 packs the weights anew at the first evaluation, and no gradient passes them afterwards
+            if hasattr(layer, "support_avx512bf16_for_cpu"): layer.support_avx512bf16_for_cpu = False
+        return model
     return AutoModelForCausalLM.from_pretrained(source(name), dtype=pick_dtype(dtype), **options).to(device()).eval()
 
 # %% ../nbs/lib/models.ipynb #7bf2777b

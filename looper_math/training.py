@@ -26,7 +26,7 @@ from .records import Phase, read_json, require, resolve
 # %% ../nbs/lib/training.ipynb #9c03bf5f
 disable_progress_bars()  # a bar for each second of tokenising would bury what a page has to show
 
-# %% ../nbs/lib/training.ipynb #7b6ce952
+# %% ../nbs/lib/training.ipynb #67b4a573
 @dataclass
 class TrainingSettings:
     "Parameters that all training phases share; raises `SettingsError` on a value out of range."
@@ -39,7 +39,7 @@ class TrainingSettings:
     keep: str                    # last, or best: the epoch with the most right held-out answers
     dtype: str                   # of the base's weights: auto, float32, float16 or bfloat16
     mixed_precision: str         # of the arithmetic: auto, no, bf16 or fp16
-    load_in_4bit: bool           # the base's weights in four bits, by bitsandbytes on a GPU
+    load_in_4bit: bool           # the base's weights in four bits, by bitsandbytes
     kernels: bool                # layer kernels from the hub, Liger's among them, by the package kernels on a GPU
     learning_rate: float         # peak
     epochs: int

@@ -22,7 +22,7 @@ def papermill(phase: str, out: Path, **parameters) -> subprocess.CompletedProces
     "One phase as its user runs it; parameters beyond the small run's."
     out.parent.mkdir(parents=True, exist_ok=True)
     flags = [x for k, v in ({"run": RUN} | SMALL[phase] | parameters).items() for x in ("-p", k, str(v))]
-    command = [str(Path(sys.executable).parent / "papermill"), "--no-progress-bar", f"nbs/{phase}.ipynb", str(out), *flags]
+    command = [sys.executable, "-m", "papermill", "--no-progress-bar", f"nbs/{phase}.ipynb", str(out), *flags]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
