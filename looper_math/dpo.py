@@ -6,13 +6,12 @@
 __all__ = ['LOSSES', 'PAIR', 'DPOSettings', 'load_pairs', 'loss_arguments', 'make_trainer', 'StepZero', 'tolerance', 'seen_pairs',
            'control_trainer', 'open_phase', 'train_dpo', 'main', 'displacement']
 
-# %% ../nbs/04_dpo.ipynb #918e3e09
-import math, shutil
+# %% ../nbs/04_dpo.ipynb #08aa37cf
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
