@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'PAIR', 'DPOSettings', 'load_pairs', 'loss_arguments', 'make_trainer', 'StepZero', 'tolerance', 'seen_pairs',
-           'control_trainer', 'open_phase', 'train_dpo', 'main', 'displacement']
+           'check_seen', 'control_trainer', 'open_phase', 'train_dpo', 'main', 'displacement']
 
 # %% ../nbs/04_dpo.ipynb #08aa37cf
 import shutil
@@ -95,7 +95,7 @@ def make_trainer(s: DPOSettings) -> DPOTrainer:
     trainer.add_callback(StepZero(s.beta, tolerance(s.mixed_precision)))
     return trainer
 
-# %% ../nbs/04_dpo.ipynb #52e4499d
+# %% ../nbs/04_dpo.ipynb #b35b29ad
 class StepZero(TrainerCallback):
     "Raise `RuntimeError` after the first update unless policy and reference were equal before it."
     def __init__(self, beta: float, tolerance: float): # tolerance of the mean log-ratio, in nats
@@ -104,20 +104,25 @@ class StepZero(TrainerCallback):
     def on_log(self, args, state, control, logs, **kwargs):
         if state.global_step != 1 or "rewards/chosen" not in logs: return
         rewards = {k: logs[f"rewards/{k}"] for k in ("chosen", "rejected")}
-        if max(map(abs, rewards.values())) > self.beta * self.tolerance:
+        if not all(abs(r) <= self.beta * self.tolerance for r in rewards.values()):   # a reward that is no number must not pass
             raise RuntimeError(f"rewards at step 0 are {rewards}, not 0: the reference is not base + SFT adapter")
 
 def tolerance(mixed_precision: str) -> float: # nats
     "How far the mean log-ratio of two equal models may be from 0."
     return 1e-3 if training.precision(mixed_precision) == "no" else .1
 
-# %% ../nbs/04_dpo.ipynb #91ac971f
+# %% ../nbs/04_dpo.ipynb #9bf3ac21
 def seen_pairs(trainer: DPOTrainer, given: int, # pairs that were handed to the trainer
               ) -> dict[str, int]:
     "Counts of what the trainer's data set holds; tokens include the prompt and the end token."
     sides = {side: [len(p) + len(c) for p, c in zip(trainer.train_dataset["prompt_ids"], trainer.train_dataset[f"{side}_ids"])] for side in ("chosen", "rejected")}
     return {"pairs": len(trainer.train_dataset), "dropped": given - len(trainer.train_dataset)} | {f"{side}_tokens": sum(n) for side, n in sides.items()} | {
         f"{side}_cut_off": sum(x > trainer.args.max_length for x in n) for side, n in sides.items()}
+
+def check_seen(s: DPOSettings, seen: dict[str, int]):
+    "Raise `RuntimeError` when too few pairs are left, or no chosen completion has its end."
+    if seen["pairs"] < s.min_pairs: raise RuntimeError(f"{s.pairs}: the trainer keeps {seen['pairs']} pairs, {seen['dropped']} have a prompt longer than max_length {s.max_length}, and min_pairs asks for {s.min_pairs}")
+    if seen["chosen_cut_off"] == seen["pairs"]: raise RuntimeError(f"{s.pairs}: all {seen['pairs']} chosen completions are cut off: raise max_length above {s.max_length}")
 
 # %% ../nbs/04_dpo.ipynb #fab6d1f7
 def control_trainer(s: DPOSettings, updates: int) -> SFTTrainer:
@@ -129,7 +134,7 @@ def control_trainer(s: DPOSettings, updates: int) -> SFTTrainer:
         "learning_rate": s.control_learning_rate, "per_device_train_batch_size": 2 * s.batch_size, "max_steps": updates, "warmup_steps": round(s.warmup * updates)}
     return SFTTrainer(model, args=training.one_device(SFTConfig(**arguments, completion_only_loss=True)), train_dataset=Dataset.from_list(own), processing_class=models.load_tokenizer(s.base))
 
-# %% ../nbs/04_dpo.ipynb #430b60e3
+# %% ../nbs/04_dpo.ipynb #718205ec
 def open_phase(s: DPOSettings) -> Phase:
     "Phase 4 of the run; refuses a folder that another configuration made."
     inputs = existing(base=s.base, dev=s.dev) | {"adapter": resolve(s.adapter), "pairs": resolve(s.pairs)} | ({"rollouts": resolve(s.rollouts)} if s.control else {})
@@ -139,6 +144,7 @@ def train_dpo(s: DPOSettings, n: int) -> tuple[pd.DataFrame | None, dict]: # log
     "Train the DPO adapter on `n` pairs, from the last checkpoint if there is one."
     trainer = make_trainer(s)
     seen = seen_pairs(trainer, n)
+    check_seen(s, seen)
     log = training.train(trainer, s.trained)
     return log, seen | {"updates": trainer.state.global_step}
 
@@ -147,7 +153,7 @@ def main(s: DPOSettings):
     phase = open_phase(s)
     if phase.manifest: return
     pairs = load_pairs(s)
-    questions = training.heldout_questions(s, pairs, s.pairs)
+    questions = training.heldout_questions(s, {s.pairs: pairs} | ({s.rollouts: read_records(resolve(s.rollouts), OWN)} if s.control else {}))
     if training.is_first_process(): phase.begin()
     log, seen = train_dpo(s, len(pairs))
     if s.control: training.train(control_trainer(s, seen["updates"]), s.controlled)
@@ -157,7 +163,7 @@ def main(s: DPOSettings):
     control = {"control": s.controlled} if s.control else {}
     traced, found = training.look(s, {"SFT": resolve(s.adapter)}, s.trained, questions, beside=control)
     first, last = log.iloc[0], log.iloc[-1]
-    metrics = {"step_zero": {"loss": float(first.loss)} | {f"reward of {k}": float(first[f"rewards/{k}"]) for k in ("chosen", "rejected")}, "adapter_moved_by": moved, "least_gradient_norm": float(log.grad_norm.min()), "chosen_logp_change": float(last["logps/chosen"] - first["logps/chosen"]),
+    metrics = {"step_zero": {"loss": float(first.loss)} | {f"reward of {k}": float(first[f"rewards/{k}"]) for k in ("chosen", "rejected")}, "adapter_moved_by": moved, "least_gradient_norm": float(log.grad_norm.min()), "chosen_logp_change": float(last["rewards/chosen"]) / s.beta,
                "last_margin": float(last["rewards/margins"]), "heldout": found}
     training.finish(phase, s, s.trained, list(control.values()), traced, seen, metrics)
     shutil.rmtree(s.cache)
@@ -166,10 +172,10 @@ def main(s: DPOSettings):
 #| eval: false
 if __name__ == "__main__": runs.worker(main, DPOSettings)
 
-# %% ../nbs/04_dpo.ipynb #1f688694
+# %% ../nbs/04_dpo.ipynb #f36947f3
 def displacement(log: pd.DataFrame) -> str:
     "What happened to the chosen completions' log-probability relative to the reference, in words: implicit rewards, averaged over the last fifth of the training."
     tail = log.iloc[-max(1, len(log) // 5):]
     chosen, rejected = tail["rewards/chosen"].mean(), tail["rewards/rejected"].mean()
-    if chosen < 0: return f"Displacement: training made the chosen completions LESS likely (reward {chosen:+.2f}; rejected {rejected:+.2f}). The margin comes from pushing both down."
+    if chosen < 0: return f"Displacement: training made the chosen completions LESS likely (reward {chosen:+.2f}; rejected {rejected:+.2f}). " + ("The margin comes from pushing both down." if rejected < chosen else "There is no margin.")
     return f"No displacement: training made the chosen completions more likely (reward {chosen:+.2f}; rejected {rejected:+.2f})."

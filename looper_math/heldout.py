@@ -89,7 +89,11 @@ def _ids(row: dict, tokenizer) -> tuple[list[int], list[int]]:
     "Token ids of prompt and completion; the end token stands for an empty completion."
     return tokenizer(row["prompt"]).input_ids, tokenizer(row["completion"], add_special_tokens=False).input_ids or [tokenizer.eos_token_id]
 
-# %% ../nbs/lib/heldout.ipynb #b84ca1e6
+# %% ../nbs/lib/heldout.ipynb #f9db9fdf
+def _stage(base: str, adapter: Path | None, questions: list[dict], template: str, dtype: str, max_new_tokens: int) -> list[dict]:
+    "Answers of one stage; its model does not outlive the call."
+    with engines.opened("transformers", base, adapter, dtype) as generate: return answers(generate, questions, template, max_new_tokens)
+
 def trace(base: str, # folder or hub name
           stages: dict[str, Path | None], # name → adapter folder, or none for the bare base; the first is the reference
           questions: list[dict], # as `load_questions` gives them
@@ -98,9 +102,8 @@ def trace(base: str, # folder or hub name
           max_new_tokens: int = 256
          ) -> pd.DataFrame: # a row for each stage and question: `answers`, with `stage` and `kl`
     "Let every stage answer the questions, and measure how far it went from the first one."
-    given, reference = {}, next(iter(stages))
-    for stage, folder in stages.items():
-        with engines.opened("transformers", base, folder, dtype) as generate: given[stage] = answers(generate, questions, template, max_new_tokens)
+    reference = next(iter(stages))
+    given = {stage: _stage(base, folder, questions, template, dtype, max_new_tokens) for stage, folder in stages.items()}
     model, tokenizer, rows = _wardrobe(base, stages, dtype), models.load_tokenizer(base), []
     adapter = lambda stage: stage if stages[stage] else None
     for stage in stages:

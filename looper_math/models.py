@@ -21,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 from .answers import THOUGHT, opens_thought
 from .records import ROOT, read_json, require, resolve, sha256, write_json
 
-# %% ../nbs/lib/models.ipynb #bcd898c1
+# %% ../nbs/lib/models.ipynb #a0b38b6b
 def device() -> torch.device:
     "The GPU of this process, or the processor."
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
@@ -31,7 +31,7 @@ def pick_dtype(name: str = "auto" # auto, float32, float16 or bfloat16
     "Precision by name; `auto` takes what the device is good at. Raises `ValueError` on an unknown name."
     if name == "auto":
         if not torch.cuda.is_available(): return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     kinds = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if name not in kinds: raise ValueError(f"dtype must be auto, {', '.join(kinds)}, got {name!r}")
     return kinds[name]

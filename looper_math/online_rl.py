@@ -190,7 +190,7 @@ def make_trainer(s: OnlineSettings, questions: list[dict]) -> GRPOTrainer:
     return kind(model, reward_funcs=reward_functions([*s.signals]), args=training.one_device(GRPOConfig(**arguments)), processing_class=tokenizer,
                 train_dataset=Dataset.from_list([{"prompt": q["question_id"]} for q in asked]), rollout_func=Sampler(s, questions, tokenizer), callbacks=[StartsAtReference()], **more)
 
-# %% ../nbs/06_online_rl.ipynb #df5ee235
+# %% ../nbs/06_online_rl.ipynb #a1f215d1
 def open_phase(s: OnlineSettings) -> Phase:
     "Phase 6 of the run; refuses a folder that another configuration made."
     return Phase("06_online_rl", s, existing(base=s.base, questions=s.questions, dev=s.dev) | {"adapter": resolve(s.adapter)}, machine=(*training.MACHINE, "adapter"))
@@ -200,7 +200,7 @@ def main(s: OnlineSettings):
     phase = open_phase(s)
     if phase.manifest: return
     questions = load_questions(s.questions, limit=s.limit or None)
-    held_out = training.heldout_questions(s, questions, s.questions)
+    held_out = training.heldout_questions(s, {s.questions: questions})
     trainer = make_trainer(s, questions)
     if training.is_first_process(): phase.begin()
     log = training.train(trainer, s.trained)

@@ -91,12 +91,36 @@ def test_the_control_is_trained_beside_dpo(inputs):
     shutil.rmtree(folder)
 
 
-def test_held_out_questions_may_not_be_trained_on(inputs, tmp_path):
-    "Refused before anything is written."
+@pytest.mark.parametrize("loss, options", [("sigmoid_norm", dict(gradient_checkpointing=True)), ("ipo", dict(group_by_length=True)), ("hinge", dict(precompute_reference=False)), ("robust", dict(label_smoothing=.1))])
+def test_every_loss_trains(inputs, loss, options):
+    "Each loss with an option of the trainer: from a reference that equals the policy to an adapter that moved."
+    folder = fresh(f"loss-{loss}")
+    dpo.main(dpo.DPOSettings(**small("04_dpo", run=folder.name, loss=loss, nll_weight=0., control=False, dev="") | inputs | options))
+    assert read_json(folder / "04_dpo" / "manifest.json")["metrics"]["adapter_moved_by"] > 0
+    shutil.rmtree(folder)
+
+
+def test_the_best_epoch_of_dpo_and_of_its_control(inputs):
+    "Under keep = best both give up their last epoch for an earlier one that answers at least as well."
+    folder = fresh("best")
+    s = dpo.DPOSettings(**small("04_dpo", run=folder.name, keep="best", dev_limit=40, **inputs))
+    dpo.main(s)
+    right = {}
+    for row in read_records(s.folder / "heldout.jsonl"): right[row["stage"]] = right.get(row["stage"], 0) + row["correct"]
+    for trained, name in ((s.trained, "epoch"), (s.controlled, "control, epoch")):
+        epochs = [right[f"{name} {i}"] for i in range(1, len(training.checkpoints(trained)) + 1)]
+        assert distance(trained, training.checkpoints(trained)[epochs.index(max(epochs))]) == 0
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("source", ["pairs", "rollouts"])
+def test_held_out_questions_may_not_be_trained_on(inputs, tmp_path, source):
+    "Refused before anything is written, whether DPO would train on the question or only its control."
     folder = fresh("leak")
-    asked = read_records(inputs["pairs"])[0]["question"]
+    paired = {p["question"] for p in read_records(inputs["pairs"])}
+    asked = next(q for r in read_records(inputs["rollouts"]) if ((q := r["question"]) in paired) == (source == "pairs"))
     leak = next(q for q in load_questions("data/pocket/practice.jsonl") if q["question"] == asked)
     (tmp_path / "dev.jsonl").write_text('{"question": "%s", "answer": "Answer: %s"}\n' % (leak["question"], leak["gold_answer"]))
     done = papermill("04_dpo", tmp_path / "out.ipynb", run=folder.name, dev=str(tmp_path / "dev.jsonl"), **inputs)
-    assert done.returncode != 0 and "are also in" in done.stderr
+    assert done.returncode != 0 and f"are also in {inputs[source]}" in done.stderr
     assert not folder.exists()
