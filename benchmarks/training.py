@@ -4,7 +4,7 @@ Ours keeps one base in memory, trains a LoRA adapter, and computes the reference
 The other way is what earlier scripts did: the policy and a second full copy of the model as reference, which runs at every update.
 
     python benchmarks/training.py                                     # a Mistral of 110 million random weights, on the processor
-    python benchmarks/training.py --shape 1b                          # of a billion, still on the processor
+    python benchmarks/training.py --shape 1b --dtype bfloat16         # of a billion, in the precision of the 7B recipes, still on the processor
     python benchmarks/training.py --shape 7b --batch 2 --tokens 512   # the shape of Mistral-7B, for a GPU
 
 Each way runs in a process of its own, so that its peak memory is its own. The share of peak arithmetic (MFU) counts 6 FLOP a weight and
@@ -54,7 +54,7 @@ def measure(way: str, a) -> dict:
     from looper_math import models, training
     warnings.simplefilter("ignore")
     gpu, kind = torch.cuda.is_available(), training.precision()
-    dtype = torch.bfloat16 if gpu else torch.float32
+    dtype = models.pick_dtype(a.dtype)
     policy = get_peft_model(model_of(a.shape, dtype), models.lora_config())
     ours = way == "ours"
     rows = pairs_of(a.batch * a.updates, a.tokens, SHAPES[a.shape][-1])
@@ -104,6 +104,7 @@ def main():
     parser.add_argument("--shape", choices=SHAPES, default="110m")
     parser.add_argument("--batch", type=int, default=1, help="pairs an update")
     parser.add_argument("--tokens", type=int, default=256, help="of a prompt with one completion")
+    parser.add_argument("--dtype", default="auto", help="of the weights, as the recipes name it: auto, float32, bfloat16")
     parser.add_argument("--updates", type=int, default=6)
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
