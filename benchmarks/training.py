@@ -20,12 +20,12 @@ WAYS = ("ours", "two models")
 def model_of(shape: str, dtype):
     "A Mistral with random weights."
     import torch
-    from transformers import MistralConfig, MistralForCausalLM
+    from transformers import AutoModelForCausalLM, MistralConfig
     width, layers, heads, feed, vocabulary = SHAPES[shape]
     torch.manual_seed(0)
     config = MistralConfig(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=max(1, heads // 4), intermediate_size=feed,
                            vocab_size=vocabulary, sliding_window=None, max_position_embeddings=4096)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"): return MistralForCausalLM(config).to(dtype)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"): return AutoModelForCausalLM.from_config(config, dtype=dtype)   # never in a higher precision, which would be the peak
 
 
 def pairs_of(n: int, tokens: int, vocabulary: int):
