@@ -124,7 +124,7 @@ $(LM_EVAL)/.ready: $(READY)
 	@$(LM_EVAL)/bin/python -m pip install -qq 'lm-eval[hf]==0.4.13'
 	@touch $@
 
-# bitsandbytes would be imported by every program of .venv that reads peft, and be used by two tests.
+# bitsandbytes would be imported by every program of .venv that reads peft, and be used by one file of tests.
 $(FOUR_BITS)/.ready: $(READY)
 	@echo "== installing bitsandbytes into $(FOUR_BITS)"
 	$(call above,$(FOUR_BITS))
