@@ -12,7 +12,7 @@ trained token for a full training, and 4 for an adapter: forward 2, gradients of
 """
 import argparse, json, resource, subprocess, sys, tempfile, time, warnings
 
-SHAPES = {"tiny": (64, 2, 4, 128, 512), "110m": (768, 12, 12, 2048, 4096), "1b": (2048, 22, 32, 5632, 32000), "7b": (4096, 32, 32, 14336, 32000)}  # width, layers, heads, feed-forward, vocabulary
+SHAPES = {"tiny": (64, 2, 4, 128, 512), "110m": (768, 12, 12, 2048, 4096), "1b": (2048, 22, 32, 5632, 32000), "3b": (3072, 28, 24, 8192, 32000), "7b": (4096, 32, 32, 14336, 32000)}  # width, layers, heads, feed-forward, vocabulary
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOP/s of the data sheets
 WAYS = ("ours", "two models")
 
@@ -38,12 +38,13 @@ def pairs_of(n: int, tokens: int, vocabulary: int):
 
 
 def tokenizer_of(vocabulary: int):
-    "A tokenizer with one token a word."
+    "A tokenizer with one token a word; no special token is part of a word, where it would be found."
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(vocabulary)}, unk_token="t0"))
+    special = ["<unknown>", "<pad>", "<end>"]
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + [f"t{i}" for i in range(len(special), vocabulary)])}, unk_token=special[0]))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t0", eos_token="t2")
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token=special[1], eos_token=special[2])
 
 
 def measure(way: str, a) -> dict:
@@ -64,6 +65,8 @@ def measure(way: str, a) -> dict:
         start = time.perf_counter()
         trainer = DPOTrainer(policy, ref_model=None if ours else model_of(a.shape, dtype), args=training.one_device(config), train_dataset=rows, processing_class=tokenizer_of(SHAPES[a.shape][-1]))
         prepared = time.perf_counter() - start
+        seen = len(trainer.train_dataset[0]["prompt_ids"]) + len(trainer.train_dataset[0]["chosen_ids"])
+        assert seen == a.tokens + 1, f"the trainer sees {seen} tokens where {a.tokens} and an end were meant"
         stamps = []
         trainer.add_callback(_Clock(stamps))
         trainer.train()

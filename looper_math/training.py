@@ -183,7 +183,7 @@ def history(folder: str | Path) -> pd.DataFrame: # one row a logged step, column
     log = read_json(Path(folder)/"trainer_state.json")["log_history"]
     return pd.DataFrame([row for row in log if "loss" in row]).set_index("step")
 
-# %% ../nbs/lib/training.ipynb #8afbcdbb
+# %% ../nbs/lib/training.ipynb #9010c5c2
 def heldout_questions(s: TrainingSettings,
                       trained: dict[str, list[dict]] # every file that is trained on → its records, with the field question
                      ) -> list[dict]: # empty when the recipe names none
@@ -192,6 +192,10 @@ def heldout_questions(s: TrainingSettings,
     questions = load_questions(s.dev, limit=s.dev_limit or None)
     for name, records in trained.items(): check_disjoint(records, questions, name, s.dev)
     return questions
+
+def _stages(folder: Path, name: Callable[[int, int], str]) -> dict[str, Path]:
+    "The checkpoints of a training under the names that `look` gives them."
+    return {name(epoch, _update(path)): path for epoch, path in enumerate(checkpoints(folder), 1)}
 
 def _copy_adapter(source: Path, folder: Path):
     "Put the adapter of one folder into another, with its value model if it has one."
@@ -208,10 +212,13 @@ def look(s: TrainingSettings,
     "Let the start and every checkpoint answer the held-out questions; under `keep = \"best\"` the best one's adapter becomes the training's."
     if not questions: return pd.DataFrame(), {}
     gc.collect()   # a trainer refers to itself, so its model is still there
-    stages = {name(i, _update(path)): path for i, path in enumerate(checkpoints(folder), 1)}
-    others = {title: {f"{title}, epoch {i}": path for i, path in enumerate(checkpoints(place), 1)} if s.keep == "best" else {title: place} for title, place in (beside or {}).items()}
+    stages, others = _stages(folder, name), {}
+    everyone = start | stages
+    for title, place in (beside or {}).items():
+        others[title] = _stages(place, lambda epoch, update: f"{title}, epoch {epoch}") if s.keep == "best" else {title: place}
+        everyone |= others[title]
     first, kept = next(iter(start)), list(stages)[-1]
-    traced = heldout.trace(s.base, start | stages | {k: v for other in others.values() for k, v in other.items()}, questions, s.layout, s.dtype, s.max_new_tokens)
+    traced = heldout.trace(s.base, everyone, questions, s.layout, s.dtype, s.max_new_tokens)
     if s.keep == "best":
         kept = heldout.best(traced, list(stages))
         _copy_adapter(stages[kept], folder)
