@@ -210,7 +210,7 @@ def main(s: EvalSettings):
             missing = [c for c in chunks_of(s, job, sets[job.set]) if any((q["question_id"], name) not in done for q in c for name, _ in requests_for(s, job.style, q, shots))]
             if missing[rank::world]: todo.append((job, missing[rank::world], done, path.with_suffix(f".shard-{rank}")))
         if not todo: continue
-        with engines.opened(s.engine, *base_and_adapter(s, model), s.dtype, s.batch_size) as generate:
+        with engines.opened(s.engine, *base_and_adapter(s, model), s.dtype, s.batch_size, engines.PROMPT_TOKENS + s.max_new_tokens) as generate:
             for job, chunks, done, shard in todo: answer(s, job, generate, chunks, shots, done, shard)
 
 # %% ../nbs/05_eval.ipynb #b628b400
