@@ -6,8 +6,9 @@
 __all__ = ['HUB', 'TEMPLATE', 'NATIVE_TEMPLATES', 'OWN', 'question_id', 'gold_answer', 'DataError', 'load_questions',
            'check_disjoint', 'split_questions', 'build_prompt', 'sft_target', 'training_rows', 'own_solutions']
 
-# %% ../nbs/lib/data.ipynb #fcde8a0a
+# %% ../nbs/lib/data.ipynb #f3c84fdd
 import difflib, hashlib, json, re
+from collections.abc import Sequence
 from pathlib import Path
 
 from .answers import THINK, THOUGHT, extract_answer, format_answer, opens_thought, parse_answer, split_reasoning, with_thought
@@ -177,18 +178,21 @@ def training_rows(questions: list[dict],
     "Prompt–completion rows for supervised fine-tuning, in the order of the questions."
     return [{"prompt": build_prompt(q["question"], instruction, template), "completion": sft_target(q["answer"], marks, opens_thought(template))} for q in questions]
 
-# %% ../nbs/lib/data.ipynb #731969d7
+# %% ../nbs/lib/data.ipynb #29620427
 OWN = {"question_id": str, "question": str, "trajectories": list}  # what `own_solutions` needs of a rollout record
 
 def own_solutions(records: list[dict], # rollout records
                   cap: int = 4, # most solutions of one question
                   template: str = TEMPLATE,
-                  seed: int = 0 # which ones are taken where there are more
+                  seed: int = 0, # which ones are taken where there are more
+                  arms: Sequence[str] = () # whose solutions count, none for all
                  ) -> list[dict]: # {"prompt", "completion"}, the canonical prompt whatever the arm asked for
-    "Prompt–completion rows from right solutions, in the order of the records; raises `DataError` where a thought is opened and not closed, or closed and not opened."
+    "Prompt–completion rows from right solutions, in the order of the records; raises `DataError` on an arm that no record has, and where a thought is opened and not closed, or closed and not opened."
+    known = {t["arm_name"] for r in records for t in r["trajectories"]} if arms else set()
+    if unknown := sorted(set(arms) - known): raise DataError(f"no rollout is by the arm {', '.join(unknown)}; there are {', '.join(sorted(known))}")
     rows = []
     for r in records:
-        texts = {t["full_text"].strip() for t in r["trajectories"] if t["correct"] and t["finish_reason"] == "stop"}
+        texts = {t["full_text"].strip() for t in r["trajectories"] if t["correct"] and t["finish_reason"] == "stop" and (not arms or t["arm_name"] in arms)}
         drawn = sorted(texts, key=lambda text: question_id(f"{seed} {r['question_id']} {text}"))
         rows += [{"prompt": build_prompt(r["question"], template=template), "completion": text} for text in drawn[:cap]]
     for row in rows:

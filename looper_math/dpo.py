@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'PAIR', 'DPOSettings', 'load_pairs', 'loss_arguments', 'make_trainer', 'StepZero', 'tolerance', 'seen_pairs',
-           'check_seen', 'control_trainer', 'open_phase', 'train_dpo', 'main', 'displacement']
+           'check_seen', 'control_rows', 'control_trainer', 'open_phase', 'train_dpo', 'main', 'displacement']
 
 # %% ../nbs/04_dpo.ipynb #08aa37cf
 import shutil
@@ -21,7 +21,7 @@ from .data import OWN, own_solutions
 from .records import Phase, RecordError, existing, read_records, require, resolve, run_folder, settings
 from .training import RowSettings
 
-# %% ../nbs/04_dpo.ipynb #c9834990
+# %% ../nbs/04_dpo.ipynb #ec97e7dc
 LOSSES = ("sigmoid", "sigmoid_norm", "ipo", "hinge", "robust")
 
 @dataclass
@@ -33,6 +33,7 @@ class DPOSettings(RowSettings):
     rollouts: str
     control: bool
     control_cap: int
+    control_arms: list
     control_learning_rate: float
     beta: float
     loss: str
@@ -124,17 +125,21 @@ def check_seen(s: DPOSettings, seen: dict[str, int]):
     if seen["pairs"] < s.min_pairs: raise RuntimeError(f"{s.pairs}: the trainer keeps {seen['pairs']} pairs, {seen['dropped']} have a prompt longer than max_length {s.max_length}, and min_pairs asks for {s.min_pairs}")
     if seen["chosen_cut_off"] == seen["pairs"]: raise RuntimeError(f"{s.pairs}: all {seen['pairs']} chosen completions are cut off: raise max_length above {s.max_length}")
 
-# %% ../nbs/04_dpo.ipynb #fab6d1f7
-def control_trainer(s: DPOSettings, updates: int) -> SFTTrainer:
-    "TRL's trainer for rejection-sampling SFT from the same adapter; raises `RecordError` when the rollouts hold no right solution."
-    own = own_solutions(read_records(resolve(s.rollouts), OWN), s.control_cap, s.layout, s.seed)
-    if not own: raise RecordError(f"{s.rollouts}: no right solution for the control; make more rollouts, or set control to False")
+# %% ../nbs/04_dpo.ipynb #7f406988
+def control_rows(s: DPOSettings) -> list[dict]: # {"prompt", "completion"}
+    "Right solutions for the control; raises `RecordError` when the rollouts hold none, `DataError` when they know no arm of that name."
+    own = own_solutions(read_records(resolve(s.rollouts), OWN), s.control_cap, s.layout, s.seed, s.control_arms)
+    if not own: raise RecordError(f"{s.rollouts}: no right solution for the control; make more rollouts, name more arms in control_arms, or set control to False")
+    return own
+
+def control_trainer(s: DPOSettings, own: list[dict], updates: int) -> SFTTrainer:
+    "TRL's trainer for rejection-sampling SFT on `own` from the same adapter."
     model = models.load_adapter(models.load_base(s.base, **s.loading), s.adapter, trainable=True)
     arguments = training.trainer_arguments(s, s.controlled, len(own)) | s.batching | {
         "learning_rate": s.control_learning_rate, "per_device_train_batch_size": 2 * s.batch_size, "max_steps": updates, "warmup_steps": round(s.warmup * updates)}
     return SFTTrainer(model, args=training.one_device(SFTConfig(**arguments, completion_only_loss=True)), train_dataset=Dataset.from_list(own), processing_class=models.load_tokenizer(s.base))
 
-# %% ../nbs/04_dpo.ipynb #718205ec
+# %% ../nbs/04_dpo.ipynb #497f29c0
 def open_phase(s: DPOSettings) -> Phase:
     "Phase 4 of the run; refuses a folder that another configuration made."
     inputs = existing(base=s.base, dev=s.dev) | {"adapter": resolve(s.adapter), "pairs": resolve(s.pairs)} | ({"rollouts": resolve(s.rollouts)} if s.control else {})
@@ -152,11 +157,11 @@ def main(s: DPOSettings):
     "Train the DPO adapter of a run and its control, or find them finished."
     phase = open_phase(s)
     if phase.manifest: return
-    pairs = load_pairs(s)
+    pairs, own = load_pairs(s), control_rows(s) if s.control else []
     questions = training.heldout_questions(s, {s.pairs: pairs} | ({s.rollouts: read_records(resolve(s.rollouts), OWN)} if s.control else {}))
     if training.is_first_process(): phase.begin()
     log, seen = train_dpo(s, len(pairs))
-    if s.control: training.train(control_trainer(s, seen["updates"]), s.controlled)
+    if s.control: training.train(control_trainer(s, own, seen["updates"]), s.controlled)
     if log is None: return   # not the first process
     moved = models.adapter_distance(s.adapter, s.trained)
     if moved == 0: raise RuntimeError(f"{s.trained} equals {s.adapter}: training changed no weight")
