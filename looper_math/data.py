@@ -178,7 +178,7 @@ def training_rows(questions: list[dict],
     "Prompt–completion rows for supervised fine-tuning, in the order of the questions."
     return [{"prompt": build_prompt(q["question"], instruction, template), "completion": sft_target(q["answer"], marks, opens_thought(template))} for q in questions]
 
-# %% ../nbs/lib/data.ipynb #29620427
+# %% ../nbs/lib/data.ipynb #f51c8740
 OWN = {"question_id": str, "question": str, "trajectories": list}  # what `own_solutions` needs of a rollout record
 
 def own_solutions(records: list[dict], # rollout records
@@ -187,9 +187,7 @@ def own_solutions(records: list[dict], # rollout records
                   seed: int = 0, # which ones are taken where there are more
                   arms: Sequence[str] = () # whose solutions count, none for all
                  ) -> list[dict]: # {"prompt", "completion"}, the canonical prompt whatever the arm asked for
-    "Prompt–completion rows from right solutions, in the order of the records; raises `DataError` on an arm that no record has, and where a thought is opened and not closed, or closed and not opened."
-    known = {t["arm_name"] for r in records for t in r["trajectories"]} if arms else set()
-    if unknown := sorted(set(arms) - known): raise DataError(f"no rollout is by the arm {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+    "Prompt–completion rows from right solutions, in the order of the records; raises `DataError` where a thought is opened and not closed, or closed and not opened."
     rows = []
     for r in records:
         texts = {t["full_text"].strip() for t in r["trajectories"] if t["correct"] and t["finish_reason"] == "stop" and (not arms or t["arm_name"] in arms)}

@@ -125,10 +125,13 @@ def check_seen(s: DPOSettings, seen: dict[str, int]):
     if seen["pairs"] < s.min_pairs: raise RuntimeError(f"{s.pairs}: the trainer keeps {seen['pairs']} pairs, {seen['dropped']} have a prompt longer than max_length {s.max_length}, and min_pairs asks for {s.min_pairs}")
     if seen["chosen_cut_off"] == seen["pairs"]: raise RuntimeError(f"{s.pairs}: all {seen['pairs']} chosen completions are cut off: raise max_length above {s.max_length}")
 
-# %% ../nbs/04_dpo.ipynb #7f406988
+# %% ../nbs/04_dpo.ipynb #fa767f5f
 def control_rows(s: DPOSettings) -> list[dict]: # {"prompt", "completion"}
-    "Right solutions for the control; raises `RecordError` when the rollouts hold none, `DataError` when they know no arm of that name."
-    own = own_solutions(read_records(resolve(s.rollouts), OWN), s.control_cap, s.layout, s.seed, s.control_arms)
+    "Right solutions for the control; raises `RecordError` when the rollouts hold none, or are by other arms."
+    records = read_records(resolve(s.rollouts), OWN)
+    known = {t["arm_name"] for r in records for t in r["trajectories"]}
+    if unknown := sorted(set(s.control_arms) - known): raise RecordError(f"{s.rollouts}: control_arms names {', '.join(unknown)}, and the solutions are by {', '.join(sorted(known))}; name some of these, or none for all")
+    own = own_solutions(records, s.control_cap, s.layout, s.seed, s.control_arms)
     if not own: raise RecordError(f"{s.rollouts}: no right solution for the control; make more rollouts, name more arms in control_arms, or set control to False")
     return own
 
