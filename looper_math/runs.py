@@ -24,15 +24,17 @@ def assert_world(n: int): # processes that should work together
     found = int(os.environ.get("WORLD_SIZE", 1))
     if found != n: raise RuntimeError(f"{n} processes were asked for and {found} started; look at the launcher's configuration")
 
-# %% ../nbs/lib/runs.ipynb #5c044f98
+# %% ../nbs/lib/runs.ipynb #f7af39f7
 def worker(main, # the phase's function, called with its settings
            cls: type): # the phase's settings dataclass
     "What a phase's module does when `launch` starts it as a program; nothing in a notebook."
     if IN_NOTEBOOK: return
+    from torch import distributed
     from torch.distributed.elastic.multiprocessing.errors import record
     job = read_json(sys.argv[-1])
     assert_world(job["world_size"])
     record(main)(cls(**job["settings"]))
+    if distributed.is_initialized(): distributed.destroy_process_group()   # a process that ends with its group's threads running may be aborted on its way out
 
 # %% ../nbs/lib/runs.ipynb #46625ed0
 def _stream(command: list[str]):
