@@ -19,7 +19,8 @@ for threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 
 from looper_math.answers import parse_answer
 from looper_math.records import iter_records
-from looper_math.regime_w import arms, find_preset, score_records
+from looper_math.prompts import arms
+from looper_math.regime_w import find_preset, score_records
 
 SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
 JOINTS = ["so", "then", "because", "after that", "we see that", "to find this", "in total", "by the problem", "this means that", "now"]

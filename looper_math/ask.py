@@ -14,10 +14,11 @@ from pathlib import Path
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import AutoConfig
 
-from . import engines, models, regime_w, show
+from . import engines, models, prompts, regime_w, show
 from .answers import same_answer
-from .data import TEMPLATE, build_prompt, gold_answer, question_id
+from .data import gold_answer, question_id
 from .ledger import equations
+from .prompts import TEMPLATE, build_prompt
 from .records import ROOT, SettingsError, nearest, read_json, require
 from .report import as_text, located, manifests
 from .stats import plurality
@@ -99,7 +100,7 @@ def find_model(name: str, # a run's model such as `pocket/dpo`, an adapter's fol
     return _of_hub(name, root)
 
 # %% ../nbs/lib/ask.ipynb #2fb326af
-def _requests(question: str, model: Model, arms: list[regime_w.Arm]) -> list[engines.Request]:
+def _requests(question: str, model: Model, arms: list[prompts.Arm]) -> list[engines.Request]:
     "The plain call, then one request for each arm."
     layout = models.prompt_template(model.base, model.template)
     plain = engines.Request("plain call", build_prompt(question, template=layout), max_new_tokens=model.max_new_tokens)
@@ -145,7 +146,7 @@ class Asked:
     def __repr__(self) -> str: return as_plain_text(self)
 
 def solve(generate, # requests → their completions, as `engines.opened` gives it
-          model: Model, question: str, gold: str | None, arms: list[regime_w.Arm], preset: str) -> Asked:
+          model: Model, question: str, gold: str | None, arms: list[prompts.Arm], preset: str) -> Asked:
     "Ask an open engine."
     requests = _requests(question, model, arms)
     plain, *solutions = [trajectory(r, c, gold) | {"temperature": r.temperature} for r, c in zip(requests, generate(requests))]
@@ -216,7 +217,7 @@ def _checked(question: str, gold, arm_set: str, preset: str, max_new_tokens: int
     require(bool(question.strip()), 'the question is empty: put it in quotes, such as "Mia has 12 plums …"')
     require(question.isascii() or not any("\ud800" <= c <= "\udfff" for c in question), "the question is no valid text (half of a surrogate pair); type it again")
     require(preset == "" or preset in regime_w.PRESETS, f"there is no preset {preset!r}{nearest(preset, regime_w.PRESETS)}")
-    require(arm_set == "" or arm_set in regime_w.ARM_SETS, f"there is no arm set {arm_set!r}{nearest(arm_set, regime_w.ARM_SETS)}")
+    require(arm_set == "" or arm_set in prompts.ARM_SETS, f"there is no arm set {arm_set!r}{nearest(arm_set, prompts.ARM_SETS)}")
     require(max_new_tokens >= 0, f"max_new_tokens must be 1 or more, or 0 for the model's own, got {max_new_tokens}")
     right = None if gold is None else gold_answer(str(gold))
     require(gold is None or right is not None, f"gold must state a number, such as 72, got {gold!r}")
@@ -238,6 +239,6 @@ def ask(model: str | Model,      # see `find_model`; or a model that no run know
     found = model if isinstance(model, Model) else find_model(model, root)
     found = replace(found, template=template or found.template, max_new_tokens=max_new_tokens or found.max_new_tokens, preset=preset or found.preset)
     require("{question}" in found.template or found.template == "chat", f"template must hold {{question}}, or be the word chat, got {found.template!r}")
-    arms = [] if plain else regime_w.arms(arm_set or regime_w.find_preset(found.preset).arm_set)
+    arms = [] if plain else prompts.arms(arm_set or regime_w.find_preset(found.preset).arm_set)
     _check_length(_requests(question, found, arms), found.base)
     with engines.opened(engine, found.base, found.adapter) as generate: return solve(generate, found, question, right, arms, found.preset)

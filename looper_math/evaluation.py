@@ -16,11 +16,12 @@ from typing import NamedTuple
 import pandas as pd
 from tqdm.auto import tqdm
 
-from . import engines, models as lm, regime_w, runs
+from . import engines, models as lm, prompts, runs
 from .answers import with_thought
 from .audit import Comparison, compare, rescore
-from .data import build_prompt, check_disjoint, load_questions
+from .data import check_disjoint, load_questions
 from .grading import VERDICTS, count, grade, sampled
+from .prompts import build_prompt
 from .records import Phase, RecordError, RecordWriter, existing, read_records, require, resolve, run_folder, settings
 from .report import located
 from .stats import holm, p_text, wilson
@@ -65,7 +66,7 @@ class EvalSettings:
         require(self.styles and set(self.styles) <= set(STYLES), f"styles must be some of {', '.join(STYLES)}, got {self.styles}")
         require("native" not in self.styles or "{question}" in lm.prompt_template(self.base, self.native_template), "style native needs a native_template that holds {question}")
         require("{question}" in self.layout, f"template must hold {{question}} or be chat, got {self.template!r}")
-        if self.arm_set: regime_w.arms(self.arm_set)
+        if self.arm_set: prompts.arms(self.arm_set)
         engines.check_engine(self.engine)
         lm.pick_dtype(self.dtype)
 
@@ -147,10 +148,10 @@ def requests_for(s: EvalSettings, style: str, question: dict, shots: str) -> lis
     ask = lambda name, prompt, **sampling: (name, engines.Request(f"{question['question_id']}/{name}", prompt, max_new_tokens=s.max_new_tokens, **sampling))
     if style in STYLES:
         template = {"training": s.layout, "native": lm.prompt_template(s.base, s.native_template), "five-shot": shots}[style]
-        return [ask("greedy", build_prompt(question["question"], regime_w.CANONICAL, template))]
-    arms = regime_w.arms(s.arm_set) if style == "arms" else [regime_w.Arm(str(k), regime_w.CANONICAL, s.temperature, s.top_p, s.seed + k) for k in range(s.samples)]
+        return [ask("greedy", build_prompt(question["question"], prompts.CANONICAL, template))]
+    arms = prompts.arms(s.arm_set) if style == "arms" else [prompts.Arm(str(k), prompts.CANONICAL, s.temperature, s.top_p, s.seed + k) for k in range(s.samples)]
     return [ask(arm.name, build_prompt(question["question"], arm.instruction, s.layout), temperature=arm.temperature, top_p=arm.top_p,
-                seed=regime_w.sample_seed(arm, question["question_id"])) for arm in arms]
+                seed=prompts.sample_seed(arm, question["question_id"])) for arm in arms]
 
 # %% ../nbs/05_eval.ipynb #1f226f19
 _FIELDS = {"question_id": str, "sample": str, "correct": bool}
@@ -162,7 +163,7 @@ def _question_sets(s: EvalSettings) -> dict[str, list[dict]]:
 def chunks_of(s: EvalSettings, job: Job, questions: list[dict]) -> list[list[dict]]:
     "The job's questions in chunks of about `chunk` completions."
     if job.style not in STYLES: questions = questions[:s.sampled_questions or None]
-    each = {"samples": s.samples, "arms": len(regime_w.arms(s.arm_set)) if s.arm_set else 1}.get(job.style, 1)
+    each = {"samples": s.samples, "arms": len(prompts.arms(s.arm_set)) if s.arm_set else 1}.get(job.style, 1)
     size = max(1, s.chunk//each)
     return [questions[i:i + size] for i in range(0, len(questions), size)]
 

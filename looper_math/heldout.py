@@ -16,7 +16,7 @@ from peft import PeftModel
 
 from . import engines, models
 from .answers import extract_answer, same_answer, with_thought
-from .data import build_prompt
+from .prompts import build_prompt
 from .stats import Paired, paired, wilson
 
 # %% ../nbs/lib/heldout.ipynb #6cda1c9c

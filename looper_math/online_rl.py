@@ -20,7 +20,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from . import decoding, engines, heldout, models, regime_w, runs, show, training
+from . import decoding, engines, heldout, models, prompts, regime_w, runs, show, training
 from .data import load_questions
 from .ppo import PPOTrainer
 from .records import Phase, existing, read_json, require, resolve, run_folder, settings, write_json
@@ -69,10 +69,10 @@ class OnlineSettings(TrainingSettings):
         self.adapter = self.adapter or f"outputs/{self.run}/01_sft/adapter"
 
     @property
-    def arms(self) -> list[regime_w.Arm]:
+    def arms(self) -> list[prompts.Arm]:
         "The arms, sampling at the policy's temperature from its whole distribution: what is trained is what is sampled."
-        asked = {} if self.prompt == "arm" else {"instruction": regime_w.CANONICAL}
-        return [dataclasses.replace(arm, temperature=self.temperature, top_p=1.0, **asked) for arm in regime_w.arms(self.arm_set)]
+        asked = {} if self.prompt == "arm" else {"instruction": prompts.CANONICAL}
+        return [dataclasses.replace(arm, temperature=self.temperature, top_p=1.0, **asked) for arm in prompts.arms(self.arm_set)]
 
     @property
     def scoring(self) -> regime_w.Preset:

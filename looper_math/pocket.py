@@ -19,9 +19,9 @@ from tokenizers import Regex, Tokenizer, decoders, models as tokenizer_models, p
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from .data import build_prompt
+from .prompts import build_prompt
 from .records import resolve
-from .regime_w import STYLES as INSTRUCTIONS
+from .prompts import STYLES as INSTRUCTIONS
 
 # %% ../nbs/lib/pocket.ipynb #a77f4d2d
 APPLY = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b, "/": lambda a, b: a // b}

@@ -18,9 +18,9 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from . import models, show
-from .data import TEMPLATE, build_prompt
+from .prompts import CANONICAL, TEMPLATE, build_prompt
 from .records import Phase, RecordError, RecordWriter, existing, read_records, require, resolve, run_folder, settings
-from .regime_w import CANONICAL, REWARD_TERMS, find_preset, reward, score_records, word_overlap
+from .regime_w import REWARD_TERMS, find_preset, reward, score_records, word_overlap
 
 # %% ../nbs/03_preferences.ipynb #1f1bdf7b
 CHOICES = {"policy": ("all", "capped", "best-worst", "hard", "first-error"), "prompt": ("canonical", "arm"), "pairing": ("any", "same-prompt"), "pair_types": ("both", "correctness", "coherence")}

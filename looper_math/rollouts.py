@@ -15,9 +15,10 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
-from . import engines, models, regime_w, runs, show
+from . import engines, models, prompts, regime_w, runs, show
 from .answers import parse_answer, same_answer
-from .data import build_prompt, gold_answer, load_questions, question_id
+from .data import gold_answer, load_questions, question_id
+from .prompts import build_prompt
 from .records import Phase, RecordError, RecordWriter, existing, iter_records, read_records, require, resolve, run_folder, settings
 from .stats import wilson
 from .trajectories import record, requests_for, trajectory
@@ -49,7 +50,7 @@ class RolloutSettings:
         require(not self.import_from or resolve(self.import_from).is_file(), f"import_from: there is no file {self.import_from}")
         engines.check_engine(self.engine)
         models.pick_dtype(self.dtype)
-        regime_w.arms(self.arm_set)
+        prompts.arms(self.arm_set)
         regime_w.find_preset(self.preset)
         self.adapter = self.adapter or f"outputs/{self.run}/01_sft/adapter"
 
@@ -63,7 +64,7 @@ class RolloutSettings:
     def answering(self) -> str | None: return None if self.adapter == "none" else self.adapter   # the adapter to load
 
     @property
-    def arms(self) -> list[regime_w.Arm]: return regime_w.arms(self.arm_set)
+    def arms(self) -> list[prompts.Arm]: return prompts.arms(self.arm_set)
 
     @property
     def path(self) -> Path: return self.folder/"rollouts.jsonl"
@@ -158,7 +159,7 @@ def imported_trajectory(t: dict, # of a foreign record: `full_text`, and perhaps
         if name == "full_text" and name not in t: raise RecordError(f"{where}: field 'full_text' is missing; it has {', '.join(t) or 'no fields'}")
         if not isinstance(t.get(name, ""), str): raise RecordError(f"{where}: field {name!r} must be text, got {t[name]!r:.60}")
     arm = next((a for a in s.arms if a.name == t.get("arm_name")), None)
-    prompt = t.get("prompt") or build_prompt(question, arm.instruction if arm else regime_w.CANONICAL, s.layout)
+    prompt = t.get("prompt") or build_prompt(question, arm.instruction if arm else prompts.CANONICAL, s.layout)
     text, reason = t["full_text"].removeprefix(prompt), t.get("finish_reason", "unknown")
     request = engines.Request(f"{question_id(question)}/{t.get('arm_name', 'unnamed')}", prompt, seed=t.get("seed"))
     tokens = len(tokenizer(text, add_special_tokens=False).input_ids) + (reason != "length")   # the end token counts

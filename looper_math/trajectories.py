@@ -6,19 +6,19 @@
 __all__ = ['requests_for', 'trajectory', 'record']
 
 # %% ../nbs/lib/trajectories.ipynb #cf0fcca1
-from . import engines, regime_w
+from . import engines, prompts, regime_w
 from .answers import extract_answer, format_answer, same_answer, split_reasoning, with_thought
-from .data import build_prompt
+from .prompts import build_prompt
 
 # %% ../nbs/lib/trajectories.ipynb #8fa33713
 def requests_for(question: dict, # with question_id and question
-                 arms: list[regime_w.Arm],
+                 arms: list[prompts.Arm],
                  template: str, # the prompt's layout, with {question} and {instruction}
                  max_new_tokens: int
                 ) -> list[engines.Request]:
     "One request for each arm, in the order of the arms."
     return [engines.Request(id=f"{question['question_id']}/{arm.name}", prompt=build_prompt(question["question"], arm.instruction, template),
-                            temperature=arm.temperature, top_p=arm.top_p, seed=regime_w.sample_seed(arm, question["question_id"]), max_new_tokens=max_new_tokens)
+                            temperature=arm.temperature, top_p=arm.top_p, seed=prompts.sample_seed(arm, question["question_id"]), max_new_tokens=max_new_tokens)
             for arm in arms]
 
 # %% ../nbs/lib/trajectories.ipynb #b8666b5f

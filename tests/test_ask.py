@@ -8,9 +8,9 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
-from looper_math import regime_w
+from looper_math import prompts, regime_w
 from looper_math.ask import Model, ask, find_model
-from looper_math.data import TEMPLATE
+from looper_math.prompts import TEMPLATE
 from looper_math.records import ROOT, SettingsError, write_json
 from looper_math.runs import looper
 
@@ -42,16 +42,16 @@ def test_terminal():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr
     rows = re.findall(r"^ *(plain call|\w+_\d) .*$", done.stdout.partition("  arm")[2], re.MULTILINE)
-    assert rows == ["plain call", *(a.name for a in regime_w.arms("guide-8"))]
+    assert rows == ["plain call", *(a.name for a in prompts.arms("guide-8"))]
     for said in ("support", "first_false", "reward", "s_wm", "Plurality: ", "Plain call: ", "Regime W scores solutions for training only."):
         assert said in done.stdout
 
 
 def test_a_run_says_how_its_model_is_asked(answered, project, random_adapter):
     assert answered.model == Model("try/sft", BASE, random_adapter, "Q: " + TEMPLATE, "guide-8", 40)
-    assert [s["arm_name"] for s in answered.solutions] == [a.name for a in regime_w.arms("guide-8")]
+    assert [s["arm_name"] for s in answered.solutions] == [a.name for a in prompts.arms("guide-8")]
     assert all(s["prompt"].startswith("Q: Question: Mia") and s["num_tokens"] <= 40 for s in [answered.plain, *answered.solutions])
-    assert answered.plain["prompt"].split("\n")[1] == regime_w.CANONICAL and answered.plain["temperature"] == 0
+    assert answered.plain["prompt"].split("\n")[1] == prompts.CANONICAL and answered.plain["temperature"] == 0
     base = ask("try/base", QUESTION, root=project)
     assert [s["prompt"] for s in base.solutions] == [s["prompt"] for s in answered.solutions]
     assert [s["full_text"] for s in base.solutions] != [s["full_text"] for s in answered.solutions]
@@ -76,7 +76,7 @@ def test_without_a_gold_answer_there_is_no_reward(answered, project):
 def test_the_users_own_words_win(project):
     "Preset, arms, layout and length, each beside what the run says; a preset brings its arms."
     own = ask("try/base", QUESTION, preset="core-variants", template="{question}\n{instruction}\n", max_new_tokens=3, root=project)
-    assert [s["arm_name"] for s in own.solutions] == [a.name for a in regime_w.arms("core-variants")] and own.preset == "core-variants"
+    assert [s["arm_name"] for s in own.solutions] == [a.name for a in prompts.arms("core-variants")] and own.preset == "core-variants"
     assert own.plain["prompt"].startswith("Mia has") and all(s["num_tokens"] <= 3 for s in own.solutions)
 
 

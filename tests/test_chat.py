@@ -6,8 +6,8 @@ from conftest import small
 from tokenizers import AddedToken, processors
 
 from looper_math import engines, models, sft
-from looper_math.data import build_prompt, load_questions, training_rows
-from looper_math.regime_w import CANONICAL
+from looper_math.data import load_questions, training_rows
+from looper_math.prompts import CANONICAL, build_prompt
 from looper_math.trajectories import trajectory
 
 CHAT = "{{ bos_token }}{% for m in messages %}{{ '<｜User｜>' + m['content'] }}{% endfor %}{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\\n' }}{% endif %}"

@@ -17,8 +17,7 @@ from safetensors.torch import load_file
 from looper_math import engines, models
 from looper_math.data import load_questions
 from looper_math.records import ROOT, write_json
-from looper_math.regime_w import arms, sample_seed
-from looper_math.data import build_prompt
+from looper_math.prompts import arms, build_prompt, sample_seed
 
 BASE = "data/pocket-base"
 

@@ -13,9 +13,8 @@ from looper_math.runs import assign, parameters_of, phases_of, read_recipe, reci
 # From the bottom up; a module imports only from lines above its own. The phases stand on the last line and never import each other.
 FLOORS = [
     {"answers", "records"},
-    {"ledger", "stats"},
-    {"regime_w", "grading"},
-    {"data"},
+    {"ledger", "prompts", "stats"},
+    {"regime_w", "grading", "data"},
     {"audit", "pocket"},
     {"models", "report"},
     {"decoding"},
@@ -54,7 +53,7 @@ def test_imports_run_one_way(module):
     assert not wrong, f"{module} imports {wrong}, which stand beside or above it"
 
 
-@pytest.mark.parametrize("module", [m for m in ("answers", "ledger", "regime_w") if m in MODULES])
+@pytest.mark.parametrize("module", [m for m in ("answers", "ledger", "prompts", "regime_w") if m in MODULES])
 def test_light_modules_need_no_torch(module):
     code = f"import sys, looper_math.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

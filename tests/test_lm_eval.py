@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from looper_math import audit, engines, evaluation, regime_w
-from looper_math.data import build_prompt, load_questions
+from looper_math import audit, engines, evaluation
+from looper_math.data import load_questions
+from looper_math.prompts import CANONICAL, build_prompt
 from looper_math.records import ROOT, resolve
 
 pytest.importorskip("lm_eval.tasks", reason="lm-eval is installed by `make test-lm-eval`")
@@ -32,7 +33,7 @@ def ours():
     questions = load_questions("data/pocket/test.jsonl", limit=N)
     template = "Question: {question}\n{instruction}\nSolution:\n"
     with engines.opened("transformers", "data/pocket-base", dtype="float32") as generate:
-        made = generate([engines.Request(q["question_id"], build_prompt(q["question"], regime_w.CANONICAL, template), max_new_tokens=200) for q in questions])
+        made = generate([engines.Request(q["question_id"], build_prompt(q["question"], CANONICAL, template), max_new_tokens=200) for q in questions])
     return [evaluation.row(q, c, "base", "training") for q, c in zip(questions, made)]
 
 

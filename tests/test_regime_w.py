@@ -9,7 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from looper_math import regime_w
-from looper_math.regime_w import (ARM_SETS, PRESETS, REWARD_TERMS, Arm, Weights, arms, reward, sample_seed, score_question, score_records,
+from looper_math.prompts import ARM_SETS, Arm, arms, sample_seed
+from looper_math.regime_w import (PRESETS, REWARD_TERMS, Weights, reward, score_question, score_records,
                                   score_rollout)
 
 NAMES = [a.name for a in arms()] + ["stranger"]
