@@ -14,7 +14,9 @@ from pathlib import Path
 import looper_math
 
 # %% ../nbs/lib/records.ipynb #d4164d42
-ROOT = Path(looper_math.__path__[0]).resolve().parent  # the project's root
+_CHECKOUT = Path(looper_math.__path__[0]).resolve().parent
+# The project's root; where the package was installed from a wheel, the working directory.
+ROOT = _CHECKOUT if (_CHECKOUT/"nbs").is_dir() else Path.cwd()
 
 def resolve(path: str | Path) -> Path: # a path relative to the project's root, or an absolute one
     "The path as an absolute one."
