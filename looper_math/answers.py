@@ -162,6 +162,12 @@ def find_answer(
 # %% ../nbs/lib/answers.ipynb #4db6b225
 MODES = ("flexible", "strict")
 
+def _last_number(line: str) -> Fraction | None:
+    "The value of the last number of a line; only that one is worked out."
+    line = plain(line)
+    starts = [m.start() for m in NUMBER.finditer(line)]
+    return next((value for start in reversed(starts) if (value := _value(NUMBER.match(line, start))) is not None), None)
+
 def extract_answer(
     text: str, # a solution
     mode: str = "flexible", # "strict": announced numbers only; "flexible": else the last number of the text
@@ -173,8 +179,8 @@ def extract_answer(
     found = find_answer(text)
     if found: return found[1]
     if mode == "strict": return None
-    lines = (list(NUMBER.finditer(plain(line))) for line in reversed(said(text).split("\n")))
-    return next((value for line in lines for m in reversed(line) if (value := _value(m)) is not None), None)
+    numbers = map(_last_number, reversed(said(text).split("\n")))
+    return next((number for number in numbers if number is not None), None)
 
 # %% ../nbs/lib/answers.ipynb #a39ea21a
 def split_reasoning(
