@@ -45,6 +45,12 @@ def _injected(cells: list[str]) -> set[str]:
     trees = [ast.parse(c) for c in cells if c.startswith("# Parameters\n")]
     return {target.id for tree in trees for node in tree.body for target in node.targets}
 
+def _read_text(value, kind):
+    "A list or a dictionary that papermill's `-p` handed over as text; any other value as it is."
+    if kind not in (list, dict) or not isinstance(value, str): return value
+    try: return ast.literal_eval(value)
+    except (ValueError, SyntaxError): return value # refused by its type
+
 def settings(cls: type, # the phase's settings dataclass
              namespace: dict # the notebook's `globals()`, or just the parameters
             ): # an instance of `cls`
@@ -53,6 +59,7 @@ def settings(cls: type, # the phase's settings dataclass
     given = _injected(namespace["In"]) if "In" in namespace else set(namespace)
     for name in sorted(given - set(kinds) - set(SHARED)):
         raise SettingsError(f"{cls.__name__}: unknown parameter {name!r}{nearest(name, kinds)}")
+    namespace = {name: _read_text(value, kinds.get(name)) for name, value in namespace.items()}
     for name, kind in kinds.items():
         if name not in namespace: raise SettingsError(f"{cls.__name__}: parameter {name!r} is missing from the parameters cell")
         if not _is_type(namespace[name], kind):
@@ -194,19 +201,21 @@ class Phase:
                  name: str, # the notebook's name, `04_dpo`
                  settings, # the phase's settings dataclass; `run` names the folder
                  inputs: dict | None = None, # name → file or folder that the phase reads
-                 machine: tuple = ()): # settings that change speed and not results, left out of the comparison
+                 machine: tuple = (), # settings that change speed and not results, left out of the comparison
+                 own: tuple = ()): # settings and inputs that are noted like others, and compared by the phase itself
         self.name, self.folder, self.start = name, run_folder(settings.run)/name, time.time()
         self.parameters = dataclasses.asdict(settings)
         self.input_paths = {k: os.path.relpath(p, ROOT) for k, p in (inputs or {}).items()}
         compared = {k: v for k, v in self.parameters.items() if k not in ("run", *machine)}
         self.config = {"parameters": compared, "inputs": {k: sha256(p) for k, p in (inputs or {}).items()}}
-        self._refuse_other_configuration()
+        self._refuse_other_configuration(own)
 
-    def _refuse_other_configuration(self):
+    def _refuse_other_configuration(self, own: tuple):
         noted = self.folder/"started.json"
         if not noted.exists(): return
         old = read_json(noted)
-        changed = [d for part in ("parameters", "inputs") if (d := _differences(old[part], self.config[part]))]
+        of = lambda config, part: {k: v for k, v in config[part].items() if k not in own}
+        changed = [d for part in ("parameters", "inputs") if (d := _differences(of(old, part), of(self.config, part)))]
         if changed:
             raise RunConflict(f"{self.folder} was made with another configuration ({'; '.join(changed)}). Take another run name, or delete that folder to make the phase again")
 
