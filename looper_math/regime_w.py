@@ -61,7 +61,8 @@ def word_overlap(a: str, b: str) -> float: # in [0, 1], 0 for two texts without 
 # %% ../nbs/00_regime_w.ipynb #fbf2f4aa
 _MISSING = object()
 
-_USUAL = {"arm_name": {str}, "reasoning": {str}, "num_tokens": {int}, "answer": {str, int, float, Fraction, type(None)}} # types that need no closer look
+_USUAL = {"arm_name": {str}, "reasoning": {str}, "num_tokens": {int},
+          "answer": {str, int, float, Fraction, type(None)}} # types that need no closer look
 
 def _check_value(value, field: str, where: str):
     "Raise ValueError unless `value` can stand in `field` of a trajectory."
@@ -70,14 +71,16 @@ def _check_value(value, field: str, where: str):
         try: parse_answer(value)
         except TypeError as e: raise ValueError(f"{where}: {e}") from None
     elif field == "num_tokens":
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 <= value < 2**53: raise ValueError(f"{where}: 'num_tokens' must be a whole number, 0 or more, got {value!r:.60}")
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 <= value < 2**53:
+            raise ValueError(f"{where}: 'num_tokens' must be a whole number, 0 or more, got {value!r:.60}")
     elif not isinstance(value, str): raise ValueError(f"{where}: {field!r} must be text, got {value!r:.60}")
 
 def _column(trajectories, field: str, question: str) -> list:
     "One field of all trajectories, mappings or objects. Raises ValueError that names question, trajectory and field."
     if isinstance(trajectories[0], Mapping): values = [t.get(field, _MISSING) for t in trajectories]
     else: values = [getattr(t, field, _MISSING) for t in trajectories]
-    if not _USUAL[field].issuperset(map(type, values)) or (field == "num_tokens" and not 0 <= min(values) <= max(values) < 2**53):
+    usual = _USUAL[field].issuperset(map(type, values))
+    if not usual or (field == "num_tokens" and not 0 <= min(values) <= max(values) < 2**53):
         for i, value in enumerate(values): _check_value(value, field, f"question {question!r}: trajectory {i}")
     return values
 
@@ -259,7 +262,8 @@ class Preset:
     def __post_init__(self):
         for field, forms in _FORMS.items():
             value = getattr(self, field)
-            if value not in forms: raise SettingsError(f"preset {self.name!r}: unknown {field} {value!r}{nearest(str(value), forms)}")
+            if value in forms: continue
+            raise SettingsError(f"preset {self.name!r}: unknown {field} {value!r}{nearest(str(value), forms)}")
 
 PRESETS = {p.name: p for p in [
     Preset("platinum-11", "platinum-11"),
@@ -294,7 +298,7 @@ def score_question(
     preset: str | Preset = "platinum-11", # a name in PRESETS, or a preset
     question: str = "", # what errors call the question
 ) -> dict[str, float | None]: # s_end, s_path, s_cf, s_probe and s_wm, each in [0, 1]; s_probe may be None
-    "Coherence of the trajectories of one question. Raises ValueError for none at all, a field that is missing or of the wrong kind, an unknown preset."
+    "Coherence of a question's trajectories. Raises ValueError for none, a missing or wrong field, an unknown preset."
     preset, s = find_preset(preset), _read_sets([(question, list(trajectories))])
     shares = _shares([[ledger(t) for t in s.texts[0]]], s.present.shape) if preset.s_cf == "consistency" else None
     return _rows({name: m[:, 0] for name, m in _metrics(s, _whole(s), preset, shares).items()})[0]
