@@ -86,9 +86,9 @@ class EvalSettings:
     def _check_models(self):
         "Raise `SettingsError` unless `models` names at least one model, and each can be one."
         def plain(name): return isinstance(name, str) and 0 < len(name) <= 64 and name.replace("_", "a").isalnum()
-        fine = bool(self.models) and all(plain(name) and isinstance(source, str) for name, source in self.models.items())
-        require(fine, f"models must map names of at most 64 letters, digits and '_' to '', a folder or a hub name, "
-                      f"got {self.models}")
+        fine = all(plain(name) and isinstance(source, str) for name, source in self.models.items())
+        require(fine and bool(self.models), f"models must map names of at most 64 letters, digits and '_' to '', "
+                                            f"a folder or a hub name, got {self.models}")
         for name, source in self.models.items(): ranges.check_model(f"models.{name}", located(self.run, source))
 
     def _check_comparisons(self):
@@ -111,8 +111,8 @@ class EvalSettings:
 
     @property
     def pairs(self) -> list[tuple[str, str]]: # (before, after)
-        names = list(self.models)
-        derived = [(a, b) for a, b in zip(names, names[1:])] + [(names[0], b) for b in names[2:]]
+        *earlier, last = self.models
+        derived = [*zip(earlier, earlier[1:]), *((a, last) for a in [*earlier[1:], *earlier[:1]])]
         return [tuple(pair) for pair in self.comparisons] or derived
 
 # %% ../nbs/05_eval.ipynb #41c93401

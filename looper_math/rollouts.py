@@ -47,7 +47,8 @@ class RolloutSettings:
     import_from: str
 
     ALLOWED = {"base": ranges.BASE, "limit": ranges.COUNT, "arm_set": tuple(prompts.ARM_SETS),
-               "max_new_tokens": ranges.SIZE, "batch_size": ranges.SIZE, "chunk": ranges.SIZE, "n_gpu": ranges.PROCESSES}
+               "max_new_tokens": ranges.SIZE, "batch_size": ranges.SIZE, "chunk": ranges.SIZE,
+               "n_gpu": ranges.PROCESSES}
 
     def __post_init__(self):
         ranges.check_values(self, self.ALLOWED)

@@ -41,7 +41,8 @@ class SFTSettings(RowSettings):
 
     ALLOWED = RowSettings.ALLOWED | {
         "limit": ranges.COUNT, "marks": ("strip", "keep"), "targets": ("human", "self", "mixed"),
-        "own_cap": ranges.SIZE, "rank": ranges.Range(1, 1024), "alpha": ranges.Range(1, 100_000), "dropout": ranges.SHARE}
+        "own_cap": ranges.SIZE, "rank": ranges.Range(1, 1024), "alpha": ranges.Range(1, 100_000),
+        "dropout": ranges.SHARE}
 
     def __post_init__(self):
         super().__post_init__()

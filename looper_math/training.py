@@ -99,9 +99,9 @@ class TrainingSettings:
         try: world, theirs = launched(file)
         except (yaml.YAMLError, UnicodeDecodeError) as e:
             raise SettingsError(f"accelerate_config: {file} is no YAML ({' '.join(str(e).split())})") from None
-        agree = "make them agree"
+        agree, ours = "make them agree", f"mixed_precision {self.mixed_precision} means {kind}"
         require(world == max(1, self.n_gpu), f"{file} starts {world} processes and n_gpu is {self.n_gpu}: {agree}")
-        require(theirs == kind, f"{file} trains in {theirs} and mixed_precision {self.mixed_precision} means {kind} here: {agree}")
+        require(theirs == kind, f"{file} trains in {theirs} and {ours} here: {agree}")
 
     @property
     def layout(self) -> str:
