@@ -29,6 +29,9 @@ from .report import located
 from .stats import holm, p_text, wilson
 
 # %% ../nbs/05_eval.ipynb #482af6aa
+from . import ranges
+from .data import check_source
+
 STYLES = ("training", "native", "five-shot")
 
 @dataclass
@@ -60,23 +63,44 @@ class EvalSettings:
     dtype: str
     n_gpu: int
 
+    ALLOWED = {"base": ranges.BASE, "max_new_tokens": ranges.SIZE, "batch_size": ranges.SIZE, "chunk": ranges.SIZE,
+               "limit": ranges.COUNT, "samples": ranges.Range(0, 1000), "arm_set": ("", *prompts.ARM_SETS),
+               "sampled_models": ranges.COUNT, "sampled_questions": ranges.COUNT, "temperature": ranges.TEMPERATURE,
+               "top_p": ranges.TOP_P, "seed": ranges.SEED, "n_gpu": ranges.PROCESSES}
+
     def __post_init__(self):
-        for name in ("max_new_tokens", "batch_size", "chunk"): require(getattr(self, name) > 0, f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("limit", "samples", "sampled_models", "sampled_questions", "n_gpu"): require(getattr(self, name) >= 0, f"{name} must be 0 or more, got {getattr(self, name)}")
-        require(self.temperature > 0 and 0 < self.top_p <= 1, f"temperature must be above 0 and top_p in (0, 1], got {self.temperature} and {self.top_p}")
+        ranges.check_values(self, self.ALLOWED)
+        ranges.check_model("base", self.base)
+        build_prompt("", template=self.layout)
         self._check_models()
-        require(self.styles and set(self.styles) <= set(STYLES), f"styles must be some of {', '.join(STYLES)}, got {self.styles}")
-        require("native" not in self.styles or "{question}" in lm.prompt_template(self.base, self.native_template), "style native needs a native_template that holds {question}")
-        require("{question}" in self.layout, f"template must hold {{question}} or be chat, got {self.template!r}")
-        if self.arm_set: prompts.arms(self.arm_set)
+        self._check_comparisons()
+        require(bool(self.styles), f"styles must be some of {', '.join(STYLES)}, got none")
+        ranges.check_texts("styles", self.styles, STYLES)
+        if "native" in self.styles:
+            require(bool(self.native_template), "style native needs a native_template that holds {question}")
+            build_prompt("", template=lm.prompt_template(self.base, self.native_template))
+        for name in ("questions", "train", "practice"): check_source(name, getattr(self, name))
+        if self.harder: check_source("harder", self.harder)
+        require(self.harder != self.questions, f"harder must be another set than questions, got {self.harder} for both")
         engines.check_engine(self.engine)
         lm.pick_dtype(self.dtype)
 
     def _check_models(self):
-        plain = lambda name: isinstance(name, str) and name and all(c.isalnum() or c == "_" for c in name)
-        require(bool(self.models) and all(plain(name) and isinstance(source, str) for name, source in self.models.items()),
-                f"models must map names of letters, digits and '_' to '', a folder or a hub name, got {self.models}")
-        for pair in self.comparisons: require(isinstance(pair, list) and len(pair) == 2 and set(pair) <= set(self.models), f"a comparison is a pair of {', '.join(self.models)}, got {pair}; give comparisons for these models, or [] to have them derived")
+        "Raise `SettingsError` unless `models` names at least one model, and each can be one."
+        def plain(name): return isinstance(name, str) and 0 < len(name) <= 64 and name.replace("_", "a").isalnum()
+        fine = all(plain(name) and isinstance(source, str) for name, source in self.models.items())
+        require(fine and bool(self.models), f"models must map names of at most 64 letters, digits and '_' to '', "
+                                            f"a folder or a hub name, got {self.models}")
+        for name, source in self.models.items(): ranges.check_model(f"models.{name}", located(self.run, source))
+
+    def _check_comparisons(self):
+        "Raise `SettingsError` unless each comparison is of two different models, and each stands there once."
+        for k, pair in enumerate(self.comparisons):
+            known = isinstance(pair, list) and len(pair) == 2 and all(name in list(self.models) for name in pair)
+            require(known, f"a comparison is a pair of {', '.join(self.models)}, got {pair}; "
+                           f"give comparisons for these models, or [] to have them derived")
+            require(pair[0] != pair[1], f"comparisons: {pair} compares a model with itself")
+            require(pair not in self.comparisons[:k], f"comparisons: {pair} stands there twice")
 
     @property
     def layout(self) -> str: return lm.prompt_template(self.base, self.template)   # what every prompt is built from

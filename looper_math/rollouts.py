@@ -27,6 +27,9 @@ from .stats import wilson
 from .trajectories import record, requests_for, trajectory
 
 # %% ../nbs/02_rollouts.ipynb #18591ed0
+from . import ranges
+from .data import check_source
+
 @dataclass
 class RolloutSettings:
     "Parameters of phase 2; raises `SettingsError` on a value out of range."
@@ -46,14 +49,18 @@ class RolloutSettings:
     n_gpu: int
     import_from: str
 
+    ALLOWED = {"base": ranges.BASE, "limit": ranges.COUNT, "arm_set": tuple(prompts.ARM_SETS),
+               "max_new_tokens": ranges.SIZE, "batch_size": ranges.SIZE, "chunk": ranges.SIZE,
+               "n_gpu": ranges.PROCESSES}
+
     def __post_init__(self):
-        for name in ("max_new_tokens", "batch_size", "chunk"): require(getattr(self, name) > 0, f"{name} must be above 0, got {getattr(self, name)}")
-        require(self.limit >= 0 and self.n_gpu >= 0, f"limit and n_gpu must be 0 or more, got {self.limit} and {self.n_gpu}")
-        require("{question}" in self.layout, f"template must hold {{question}} or be chat, got {self.template!r}")
-        require(not self.import_from or resolve(self.import_from).is_file(), f"import_from: there is no file {self.import_from}")
+        ranges.check_values(self, self.ALLOWED)
+        ranges.check_model("base", self.base)
+        build_prompt("", template=self.layout)
+        if not self.import_from: check_source("questions", self.questions)
+        else: require(resolve(self.import_from).is_file(), f"import_from: there is no file {self.import_from}")
         engines.check_engine(self.engine)
         models.pick_dtype(self.dtype)
-        prompts.arms(self.arm_set)
         regime_w.find_preset(self.preset)
         self.adapter = self.adapter or f"outputs/{self.run}/01_sft/adapter"
 
