@@ -8,8 +8,8 @@ __all__ = ['ROOT', 'SHARED', 'resolve', 'SettingsError', 'nearest', 'settings', 
            'versions', 'git_commit', 'RunConflict', 'run_folder', 'verify_outputs', 'verify_output', 'Phase']
 
 # %% ../nbs/lib/records.ipynb #6a320f20
-import ast, dataclasses, difflib, fcntl, hashlib, importlib.metadata, json, os, re, shutil, subprocess, time, typing, warnings
-import zlib
+import ast, dataclasses, difflib, fcntl, hashlib, importlib.metadata, json, os, re, shutil, subprocess, time, typing
+import warnings, zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
