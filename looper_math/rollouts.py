@@ -19,8 +19,8 @@ from . import engines, models, prompts, regime_w, runs, show
 from .answers import parse_answer, same_answer
 from .data import gold_answer, load_questions, question_id
 from .prompts import build_prompt
-from .records import (Phase, RecordError, RecordWriter, existing, iter_records, read_sealed, require, resolve,
-                                 run_folder, seal, settings)
+from .records import (Phase, RecordError, RecordWriter, existing, iter_records, read_sealed, require,
+                                 resolve, run_folder, seal, settings)
 from .stats import wilson
 from .trajectories import record, requests_for, trajectory
 
