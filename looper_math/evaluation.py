@@ -24,7 +24,7 @@ from .data import check_disjoint, load_questions
 from .grading import VERDICTS, count, grade, sampled
 from .prompts import build_prompt
 from .records import (Phase, RecordError, RecordWriter, RunConflict, existing, read_json, read_records,
-                                 require, resolve, run_folder, settings)
+                                 read_sealed, require, resolve, run_folder, seal, settings)
 from .report import located
 from .stats import holm, p_text, wilson
 
@@ -200,7 +200,8 @@ def answer(s: EvalSettings, job: Job, generate, chunks: list[list[dict]], shots:
             asked = {r.id: (q, name, r) for q in questions for name, r in requests_for(s, job.style, q, shots)}
             def on_done(finished):
                 made = [(c, *asked[c.id]) for c in (map(clip, finished) if job.style == "five-shot" else finished)]
-                writer.append([row(q, c, job.model, job.style, name, r.temperature, r.prompt) for c, q, name, r in made if (q["question_id"], name) not in done])
+                writer.append([seal(row(q, c, job.model, job.style, name, r.temperature, r.prompt))
+                               for c, q, name, r in made if (q["question_id"], name) not in done])
                 bar.update(len(finished))
             generate([r for _, _, r in asked.values()], on_done=on_done)
 
@@ -211,9 +212,10 @@ def gather(path: Path) -> dict[tuple[str, str], dict]: # (question id, sample) â
     files = [p for p in (path, part, *shards) if p.exists()]
     for file in files:
         with RecordWriter(file): pass                                # cuts off a torn last line
-    rows = {(r["question_id"], r["sample"]): r for file in files for r in read_records(file, _FIELDS)}
+    read = lambda file: (read_records if file == path else read_sealed)(file, _FIELDS)
+    rows = {(r["question_id"], r["sample"]): r for file in files for r in read(file)}
     if shards:
-        _write(part, rows.values())
+        _write(part, map(seal, rows.values()))
         for shard in shards: shard.unlink()
     return rows
 

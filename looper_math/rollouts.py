@@ -22,7 +22,8 @@ from .answers import parse_answer, with_thought
 from .audit import cut_off
 from .data import gold_answer, load_questions, question_id
 from .prompts import build_prompt
-from .records import Phase, RecordError, RecordWriter, existing, iter_records, read_records, require, resolve, run_folder, settings
+from .records import (Phase, RecordError, RecordWriter, existing, iter_records, read_sealed, require,
+                                 resolve, run_folder, seal, settings)
 from .stats import wilson
 from .trajectories import record, requests_for, trajectory
 
@@ -81,8 +82,12 @@ class RolloutSettings:
 
 # %% ../nbs/02_rollouts.ipynb #397ec0f8
 def _read_rollouts(path: Path) -> list[dict]:
-    "Rollout records, checked for the fields that later phases need."
-    return read_records(path, {"question_id": str, "gold_answer": str, "metrics": dict, "trajectories": list})
+    "Sealed rollout records, checked for the fields that later phases need."
+    return read_sealed(path, {"question_id": str, "gold_answer": str, "metrics": dict, "trajectories": list})
+
+def _rollout(question: dict, requests: list[engines.Request], completions: dict, preset: str) -> dict:
+    "The record of a question, of whose requests all are completed."
+    return record(question, [trajectory(r, completions[r.id], question["gold_answer"]) for r in requests], preset)
 
 def collect(s: RolloutSettings,
             generate, # a list of requests → their completions; calls `on_done` with those that are finished
@@ -102,7 +107,7 @@ def collect(s: RolloutSettings,
                 completions.update((c.id, c) for c in finished)
                 to_come.subtract(q for c in finished if (q := c.id.split("/")[0]) in missing)
                 whole = [q for q, left in to_come.items() if not left]
-                writer.append([record(missing[q], [trajectory(r, completions[r.id], missing[q]["gold_answer"]) for r in requests[q]], s.preset) for q in whole])
+                writer.append([seal(_rollout(missing[q], requests[q], completions, s.preset)) for q in whole])
                 for q in whole: del to_come[q]
                 tokens += sum(c.num_tokens for c in finished)
                 bar.update(len(finished))
@@ -135,8 +140,10 @@ def gather(s: RolloutSettings) -> dict[str, dict]: # question id → record
     for path in [p for p in (gathered, *shards) if p.exists()]:
         with RecordWriter(path): pass                                # cuts off a torn last line
         for r in _read_rollouts(path):
-            if found.setdefault(r["question_id"], r) != r: raise RecordError(f"{path}: its record of question {r['question_id']!r} differs from the one in another file of {s.folder}; delete one of the two files and run the phase again")
-    _write(gathered, list(found.values()))
+            if found.setdefault(r["question_id"], r) != r:
+                raise RecordError(f"{path}: its record of question {r['question_id']!r} differs from the one in "
+                                  f"another file of {s.folder}; delete one of the two files and run the phase again")
+    _write(gathered, [seal(r) for r in found.values()])
     for shard in shards: shard.unlink()
     return found
 
