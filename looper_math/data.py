@@ -234,6 +234,7 @@ def _fetched_rows(name: str, split: str) -> list | None: # (place, record) pairs
     "The rows of a split, or of a part of it, in the files that `fetch` made."
     from datasets import ReadInstruction
     files = {f.split: (resolve("data")/file, f.questions) for file, f in FETCHED.items() if f.name == name}
+    if not files: return None
     parts = ReadInstruction.from_spec(split).to_absolute({split: n for split, (_, n) in files.items()})
     if not all(files[part.splitname][0].exists() for part in parts): return None
     whole = {split: _counted(list(_read_lines(path)), path, n) for split, (path, n) in files.items() if path.exists()}

@@ -10,8 +10,8 @@ __all__ = ['PARTIAL', 'GROWING', 'MADE', 'PATHS', 'SETTINGS', 'assert_world', 'w
            'looper']
 
 # %% ../nbs/lib/runs.ipynb #c4d0a5a3
-import argparse, ast, collections, contextlib, dataclasses, fcntl, importlib, json, math, os, re, subprocess, sys
-import tempfile, time
+import argparse, ast, collections, contextlib, dataclasses, fcntl, importlib, json, logging, math, os, re, subprocess
+import sys, tempfile, time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -176,7 +176,8 @@ def _number(loader: _Loader, node: yaml.ScalarNode) -> int | float:
     if ":" in text: _trap(node, f"{text} is to base 60 in YAML, {value}; write the number, or put the text in quotes")
     if kind == "int" and re.match("[-+]?0[0-9_]", text):
         _trap(node, f"{text} is octal in YAML, {value}; write the number without 0 in front, or put the text in quotes")
-    if not math.isfinite(value): _trap(node, f"{text} is no finite number; write the number, or put the text in quotes")
+    if kind == "float" and not math.isfinite(value):
+        _trap(node, f"{text} is no finite number; write the number, or put the text in quotes")
     return value
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> Iterator[dict]:
@@ -530,6 +531,7 @@ def execute(root: Path, folder: Path, phase: str, values: dict, label: str):
     made = folder/f"{phase}.ipynb"
     bar = {"desc": label, "leave": False} if sys.stderr.isatty() else False
     quiet = ["--IPKernelApp.log_level=CRITICAL"] # else each kernel writes here about its sockets; errors of cells are in the notebook
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL) # of a kernel that is stopped it prints a traceback for each task
     stop = Config({"KernelManager": {"shutdown_wait_time": 3.}}) # half until SIGTERM, the other half until SIGKILL
     try:
         papermill.execute_notebook(_plain(root/"nbs"/f"{phase}.ipynb"), _plain(made), parameters=values,
