@@ -239,7 +239,8 @@ def as_html(a: Asked) -> str:
         lines = [", ".join(signals[i:i + 2]) for i in range(0, len(signals), 2)]
         return {"arm": cells.pop("arm"), "solution": s["full_text"].strip()} | cells | ({"signals": "\n".join(lines)} if a.solutions else {})
     paragraphs = lambda texts: "".join(f"<p>{html.escape(text)}</p>" for text in texts)
-    return paragraphs([str(a.model), a.question]) + show.texts([wide(s) for s in [a.plain, *a.solutions]]).to_html() + paragraphs(verdicts(a))
+    solutions = show.texts([wide(s) for s in [a.plain, *a.solutions]]).data
+    return f'<div class="{show.NO_MATH}">{paragraphs([str(a.model), a.question])}{solutions}{paragraphs(verdicts(a))}</div>'
 
 # %% ../nbs/lib/ask.ipynb #352c86a6
 def as_plain_text(a: Asked) -> str:

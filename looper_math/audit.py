@@ -39,10 +39,10 @@ def field(record: dict, path: str, where: str = "the record"):
             raise RecordError(f"{where}: no field {path!r}; there are {', '.join(_leaves(record))}. Name the right one") from None
     return value
 
-def _text_path(record: dict, path: str, value) -> str:
-    "The path to a text that was probably meant, worded for the end of an error message."
-    within, texts = ({p: v for p, v in leaves.items() if isinstance(v, str)} for leaves in (_leaves(value, path), _leaves(record)))
-    return f"; did you mean {max(within, key=lambda p: len(within[p]))!r}?" if within else nearest(path, texts)
+def _text_paths(record: dict, path: str, value) -> str:
+    "The paths to texts within a value, else the nearest path to one in the record, worded for the end of an error message."
+    within, texts = ([p for p, v in leaves.items() if isinstance(v, str)] for leaves in (_leaves(value, path), _leaves(record)))
+    return f"; there is text at {', '.join(within)}" if within else nearest(path, texts)
 
 def _text(record: dict, path: str, where: str, number: bool = False) -> str:
     "A field that must be text and not blank, or may also be a number or nothing but blanks; raises `RecordError` otherwise."
@@ -50,7 +50,7 @@ def _text(record: dict, path: str, where: str, number: bool = False) -> str:
     if isinstance(value, str) and (number or value.strip()): return value
     if number and isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value): return str(value)
     kind = "text or a number" if number else "text"
-    raise RecordError(f"{where}: field {path!r} must be {kind}, got {reprlib.repr(value)}{_text_path(record, path, value)}")
+    raise RecordError(f"{where}: field {path!r} must be {kind}, got {reprlib.repr(value)}{_text_paths(record, path, value)}")
 
 # %% ../nbs/lib/audit.ipynb #f49cf7c3
 def read_log(path: str | Path) -> list[dict]:
