@@ -131,7 +131,7 @@ def _document(found: dict) -> Document:
     preset = _parameters(found, "03_preferences").get("preset") or _parameters(found, "02_rollouts").get("preset")
     return DOCUMENTS.get(preset, _ELEVEN)
 
-# %% ../nbs/lib/report.ipynb #ed7d4648
+# %% ../nbs/lib/report.ipynb #399ae769
 def _form(t: dict) -> str:
     "How a trajectory announces its answer."
     found = find_answer(t["full_text"])
@@ -185,7 +185,7 @@ def _form_criterion(r: _Rollouts, source: str) -> Criterion:
     name, number = "answers in the form 'Answer: <number>'", f"{announced:,} of {total:,}"
     return _judged(name, announced == total, number, "all", source, others)
 
-# %% ../nbs/lib/report.ipynb #622c7031
+# %% ../nbs/lib/report.ipynb #d1b066a3
 def _constant_criterion(name: str, values: list[float], limits: dict, source: str) -> Criterion:
     "A metric that differs between questions."
     n, same = len(set(values)), f"{len(values):,} questions, each with {values[0]:.3f}"
@@ -278,7 +278,7 @@ def _pair_criterion(kind: str, bounds: tuple, r: _Pairs, doc: Document) -> Crite
     return _judged("pairs" if kind == "all" else f"{kind} pairs", not (many or few), number, expected, doc.source,
                    "; ".join(filter(None, reason)))
 
-# %% ../nbs/lib/report.ipynb #ead7781d
+# %% ../nbs/lib/report.ipynb #b6cc5f21
 def _share_criterion(r: _Pairs, doc: Document) -> Criterion:
     "Share of the correctness pairs."
     n, (low, high) = r.taken["correctness"], doc.share
@@ -298,7 +298,7 @@ def _preference_criteria(found: dict, doc: Document) -> list[Criterion]:
     rows = [_pair_criterion(kind, bounds, r, doc) for kind, bounds in doc.pairs.items()]
     return rows + ([_share_criterion(r, doc)] if doc.share else [])
 
-# %% ../nbs/lib/report.ipynb #1328dde0
+# %% ../nbs/lib/report.ipynb #468c70be
 def _epoch_losses(log: list[dict]) -> list[float]: # mean of each epoch
     epochs = {}
     for h in log: epochs.setdefault(max(1, -int(-h["epoch"]//1)), []).append(h["loss"])
@@ -361,7 +361,7 @@ def _accuracy_criterion(row: tuple, found: dict) -> Criterion:
         other = f"this run has {base} on {test}"
         return Criterion(name, "not applicable", number, expected, source, other)
     chance = "which chance alone may explain" if most >= low else "more than chance explains"
-    reason = f"{low - share:.1f} points below, {chance}; {score['cut_off']:,} answers were cut off"
+    reason = f"{low - share:.2f} points below, {chance}; {score['cut_off']:,} answers were cut off"
     return _judged(name, share >= low, number, expected, source, reason)
 
 def _gain_criterion(found: dict, model: str, gain: tuple, source: str) -> Criterion:
@@ -403,7 +403,7 @@ def _evaluation_criteria(folder: Path, found: dict, doc: Document) -> list[Crite
             *(_accuracy_criterion(row, found) for row in doc.accuracy),
             *(_time_criterion(row, folder, found) for row in doc.minutes)]
 
-# %% ../nbs/lib/report.ipynb #f101908c
+# %% ../nbs/lib/report.ipynb #2298b192
 def _trajectory_criterion(p: dict, counts: dict) -> Criterion:
     "Questions times arms of an online run, for the recipe's limit and arm set."
     arms, limit = len(ARM_SETS[p["arm_set"]]), p["limit"] or counts["questions"]
