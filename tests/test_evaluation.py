@@ -222,7 +222,7 @@ def finished(done):
     folder = run_folder(RUN)
     common = {"git_commit": "", "versions": {}}
     write_json(folder / "02_rollouts/manifest.json", common | {"parameters": {"arm_set": "guide-8", "preset": "guide-8", "questions": "q.jsonl"}, "counts": {"questions": 3, "trajectories": 24}, "metrics": {"accuracy": .5}})
-    write_json(folder / "03_preferences/manifest.json", common | {"parameters": {"policy": "all"}, "counts": {"correctness": 5, "coherence": 2}, "metrics": {}})
+    write_json(folder / "03_preferences/manifest.json", common | {"parameters": {"policy": "all"}, "counts": {"questions": 3, "questions_all_right": 0, "questions_all_wrong": 1, "dropped_duplicate": 0, "correctness": 5, "coherence": 2}, "metrics": {}})
     write_json(folder / "run.json", {"recipe": "pocket", "parameters": {}, "seconds": {"05_eval": 61.0}})
     return folder
 
@@ -232,8 +232,9 @@ def test_report_and_comparison_of_two_runs(finished, capsys):
     metrics = read_json(finished / "05_eval/manifest.json")["metrics"]
     assert f"{metrics['models']['sft']['correct']} / 20" in page and 'href="05_eval.html"' in page and "not measurable" in page
     assert all(c["sentence"].split(":")[0] in page for c in metrics["paired"].values())
-    verdicts = report.criteria(finished).set_index("criterion").verdict
-    assert verdicts["3,000 to 5,000 pairs"] == "fail" and verdicts["DPO's loss falls over 3 epochs"] == "not measurable"
+    judged = report.criteria(finished).set_index("criterion")
+    assert judged.verdict["correctness pairs"] == "fail" and judged.verdict["DPO's loss falls"] == "not measurable"
+    assert judged.expected["correctness pairs"] == "12 to 18 for 3 questions" and judged.source["correctness pairs"] == "pipeline guide"
 
     other = run_folder(f"{RUN}-other")
     shutil.rmtree(other, ignore_errors=True)
