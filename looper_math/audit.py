@@ -286,7 +286,7 @@ def _temperatures(records: dict[str, dict]) -> list | None: # None where no reco
     without = [at for at, t in temperatures.items() if t is None]
     if len(without) == len(records): return None
     if without:
-        raise RecordError(f"{without[0]}: no field 'temperature', which other records have. Add it, or remove it from all")
+        raise RecordError(f"{without[0]}: no field 'temperature', which other records have. Add it, or remove all")
     return list(temperatures.values())
 
 def rescore(path, # a JSON-lines log, or its records as a DataFrame
