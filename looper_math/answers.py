@@ -65,7 +65,8 @@ def find_numbers(
 
 # %% ../nbs/lib/answers.ipynb #17f80ee6
 _CLAUSE_END = re.compile(r"(?<=[0-9A-Za-z%]) \(|[,;.!?](?=\s)")
-_CONTINUED = re.compile(r"\S*[0-9]|(?:\s?[^\w\s(])*+\s?[0-9]|\s?(?:dozen|hundred|thousand|[mb]illion)s?\b", re.IGNORECASE)
+_CONTINUED = re.compile(r"\S*[0-9]|(?:\s?[^\w\s(])*+\s?[0-9]|"
+                        r"\s?(?:dozen|hundred|thousand|[mb]illion)s?\b", re.IGNORECASE)
 
 def read_answer(
     line: str, # one line of text, as it stands behind a marker

@@ -240,7 +240,8 @@ def as_html(a: Asked) -> str:
         return {"arm": cells.pop("arm"), "solution": s["full_text"].strip()} | cells | ({"signals": "\n".join(lines)} if a.solutions else {})
     paragraphs = lambda texts: "".join(f"<p>{html.escape(text)}</p>" for text in texts)
     solutions = show.texts([wide(s) for s in [a.plain, *a.solutions]]).data
-    return f'<div class="{show.NO_MATH}">{paragraphs([str(a.model), a.question])}{solutions}{paragraphs(verdicts(a))}</div>'
+    parts = [paragraphs([str(a.model), a.question]), solutions, paragraphs(verdicts(a))]
+    return f'<div class="{show.NO_MATH}">{"".join(parts)}</div>'
 
 # %% ../nbs/lib/ask.ipynb #352c86a6
 def as_plain_text(a: Asked) -> str:

@@ -36,21 +36,25 @@ def field(record: dict, path: str, where: str = "the record"):
     for step in re.findall(r"[^.\[\]]+", path):
         try: value = value[int(step) if isinstance(value, list) else step]
         except (KeyError, IndexError, ValueError, TypeError):
-            raise RecordError(f"{where}: no field {path!r}; there are {', '.join(_leaves(record))}. Name the right one") from None
+            there = ", ".join(_leaves(record))
+            raise RecordError(f"{where}: no field {path!r}; there are {there}. Name the right one") from None
     return value
 
 def _text_paths(record: dict, path: str, value) -> str:
-    "The paths to texts within a value, else the nearest path to one in the record, worded for the end of an error message."
-    within, texts = ([p for p, v in leaves.items() if isinstance(v, str)] for leaves in (_leaves(value, path), _leaves(record)))
-    return f"; there is text at {', '.join(within)}" if within else nearest(path, texts)
+    "The paths to texts within a value, else the nearest path to one in the record: the end of an error message."
+    texts = lambda leaves: [p for p, v in leaves.items() if isinstance(v, str)]
+    within = texts(_leaves(value, path))
+    return f"; there is text at {', '.join(within)}" if within else nearest(path, texts(_leaves(record)))
 
 def _text(record: dict, path: str, where: str, number: bool = False) -> str:
-    "A field that must be text and not blank, or may also be a number or nothing but blanks; raises `RecordError` otherwise."
+    "A field that must be text and not blank, or may be blank or a number too; raises `RecordError` on anything else."
     value = field(record, path, where)
     if isinstance(value, str) and (number or value.strip()): return value
-    if number and isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value): return str(value)
+    finite = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    if number and finite: return str(value)
     kind = "text or a number" if number else "text"
-    raise RecordError(f"{where}: field {path!r} must be {kind}, got {reprlib.repr(value)}{_text_paths(record, path, value)}")
+    hint = _text_paths(record, path, value)
+    raise RecordError(f"{where}: field {path!r} must be {kind}, got {reprlib.repr(value)}{hint}")
 
 # %% ../nbs/lib/audit.ipynb #f49cf7c3
 def read_log(path: str | Path) -> list[dict]:
@@ -58,7 +62,7 @@ def read_log(path: str | Path) -> list[dict]:
     file, records = resolve(path), []
     if file.is_dir():
         logs = ", ".join(sorted(p.name for p in file.glob("*.jsonl"))[:8])
-        raise RecordError(f"{path}: a folder, and a log is a file of JSON lines. Name one of its files: {logs or 'it has no .jsonl'}")
+        raise RecordError(f"{path}: a folder, and a log is a file of JSON lines. Name one: {logs or 'there is none'}")
     with file.open("rb") as f:
         for k, line in enumerate(f, 1):
             if not line.strip(): continue
@@ -72,7 +76,8 @@ def read_log(path: str | Path) -> list[dict]:
     return records
 
 # %% ../nbs/lib/audit.ipynb #44fa4b62
-_LEAST, _WHOLE = 6, 20 # characters without blanks: the shortest end of a prompt, and the shortest whole one, that is no accident
+# Characters without blanks: the shortest end of a prompt, and the shortest whole one, whose repetition is no accident.
+_LEAST, _WHOLE = 6, 20
 _SENTENCE_END = re.compile(r"(?<=[.!?:])\s+|\n+")
 
 def _overlap(head: str, tail: str) -> int:
@@ -151,8 +156,8 @@ def cut_off(text: str, finish # the log's word for why generation ended, None wh
 
 # %% ../nbs/lib/audit.ipynb #c8cf642e
 FINDINGS = ("prompt echo", "cut off", "no answer", "no announced answer", "instruction number", "same wrong answer",
-            "gold does not round-trip", "unreadable gold", "duplicate question", "recorded verdict differs", "graders disagree",
-            "unknown question", "gold differs from the reference", "other order")
+            "gold does not round-trip", "unreadable gold", "duplicate question", "recorded verdict differs",
+            "graders disagree", "unknown question", "gold differs from the reference", "other order")
 _LINE = re.compile(r"[^\n]+")
 
 def _body_start(row: dict, shared: dict) -> int:
@@ -160,7 +165,7 @@ def _body_start(row: dict, shared: dict) -> int:
     text, question, prompt = row["completion"], row["question"], row["prompt"]
     echoes = (_echo(text, asked) for asked in (prompt, question + prompt.partition(question)[2], question))
     start, end = max(echoes, key=lambda echo: echo[1])
-    if announces(text[:start]) and extract_answer(text[end:]) is None: return 0 # the solution stands before the repetition
+    if announces(text[:start]) and extract_answer(text[end:]) is None: return 0 # the solution stands before it
     for line in _LINE.finditer(text, end) if end else ():
         if line[0].strip() not in shared: break
         end = line.start() + len(line[0].rstrip())
@@ -257,7 +262,8 @@ def _recorded(value, where: str) -> bool | None:
     "A log's own verdict; raises `RecordError` on a share or on a word that is none."
     if value is None: return None
     if (word := str(value).lower()) in _WORDS: return _WORDS[word]
-    raise RecordError(f"{where}: a verdict must be true or false, 1 or 0, got {reprlib.repr(value)}. Name another field with verdict=…")
+    raise RecordError(f"{where}: a verdict must be true or false, 1 or 0, got {reprlib.repr(value)}. "
+                      "Name another field with verdict=…")
 
 def _prompt(value, where: str) -> str:
     "A prompt as one text, also where it is a list of chat messages; raises `RecordError` on anything else."
@@ -279,7 +285,8 @@ def _temperatures(records: dict[str, dict]) -> list | None: # None where no reco
     temperatures = {at: r.get("temperature") for at, r in records.items()}
     without = [at for at, t in temperatures.items() if t is None]
     if len(without) == len(records): return None
-    if without: raise RecordError(f"{without[0]}: no field 'temperature', which other records have. Add it, or leave it out of all")
+    if without:
+        raise RecordError(f"{without[0]}: no field 'temperature', which other records have. Add it, or remove all")
     return list(temperatures.values())
 
 def rescore(path, # a JSON-lines log, or its records as a DataFrame
@@ -296,7 +303,8 @@ def rescore(path, # a JSON-lines log, or its records as a DataFrame
     records = {at: r for at, r in records.items() if all(field(r, k, at) == v for k, v in (where or {}).items())}
     if not records: raise RecordError(f"{source}: no record has {where}")
     rows = [{"question": _text(r, question, at), "gold_text": _text(r, gold, at, number=True),
-             "completion": _text(r, completion, at, number=True), "prompt": _prompt(_optional(r, prompt, "prompt", at), at),
+             "completion": _text(r, completion, at, number=True),
+             "prompt": _prompt(_optional(r, prompt, "prompt", at), at),
              "recorded": _recorded(_optional(r, verdict, "correct", at), at),
              "finish": _optional(r, finish, "finish_reason", at)} for at, r in records.items()]
     shared = shared_answers([r["completion"] for r in rows], [gold_answer(r["gold_text"]) for r in rows])
@@ -348,8 +356,8 @@ def _side(log, fields: dict) -> tuple[str, pd.DataFrame]: # a name, and one row 
     "A log to be compared: a path, a `Rescored`, or a table that has verdicts already."
     if isinstance(log, Rescored): return log.name, log.table
     if not isinstance(log, pd.DataFrame): return _side(rescore(log, **fields), fields)
-    missing = [c for c in ("question", "correct") if c not in log]
-    if missing: raise RecordError(f"a table to compare needs the columns question and correct; {', '.join(missing)} is missing")
+    missing = ", ".join(c for c in ("question", "correct") if c not in log)
+    if missing: raise RecordError(f"a table to compare needs the columns question and correct; {missing} is missing")
     return "", log
 
 def _check_pair(a: pd.DataFrame, b: pd.DataFrame, by: str):
@@ -365,7 +373,7 @@ def compare(a, b, # paths of logs, which are scored again; what `rescore` made o
             names: tuple[str, str] | None = None,
             **fields # for paths, as `rescore` takes them
            ) -> Comparison: # b against a
-    "Pair two logs by question; raises `ValueError` when they share none, when one lacks `by`, or when one is greedy and the other sampled."
+    "Pair two logs by question; raises `ValueError` when they share none, lack `by`, or are greedy and sampled."
     (name_a, a), (name_b, b) = _side(a, fields), _side(b, fields)
     _check_pair(a, b, by)
     key_a, key_b = a.question.map(_key), b.question.map(_key)

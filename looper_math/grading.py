@@ -47,7 +47,7 @@ def _gold_expressions(gold: str) -> tuple: # canonical gold, as math-verify read
 def agrees_by_math_verify(text: str, # a completion, of which the end is read
                           gold: str # canonical, as `format_answer` writes it
                          ) -> bool:
-    "Whether math-verify finds an expression in the text that equals the gold answer; its time limit needs the main thread."
+    "Whether math-verify finds the gold answer in the text. Its time limit works in the main thread only."
     return bool(math_verify.verify(list(_gold_expressions(gold)), math_verify.parse(text[-_LAST:])))
 
 # %% ../nbs/lib/grading.ipynb #eba39a2d

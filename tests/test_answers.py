@@ -84,21 +84,23 @@ def test_a_longer_number_is_none(text):
     assert extract_answer(f"8 and {text}") == 8
 
 
-@pytest.mark.parametrize("number", ["3,50", "1,23,456", "1,2345", "1.234,56", "1 000", "10:30", "3/4/5", "2^10", "5-7", "3, 4", "62 + 3x",
-                                    "2 million"])
+@pytest.mark.parametrize("number", ["3,50", "1,23,456", "1,2345", "1.234,56", "1 000", "10:30", "3/4/5", "2^10", "5-7",
+                                    "3, 4", "62 + 3x", "2 million"])
 @pytest.mark.parametrize("form", ["{}", "#### {}", "so 7\nAnswer: {}", "\\boxed{{7}}\n#### {}.", "\\boxed{{{}}}"])
 def test_a_gold_answer_whose_number_goes_on_is_refused(tmp_path, number, form):
     answer = form.format(number)
     assert gold_answer(answer) is None
-    (tmp_path / "own.jsonl").write_text("".join(json.dumps({"question": f"Q{k}?", "answer": a}) + "\n" for k, a in enumerate(["7", answer])))
+    lines = [json.dumps({"question": f"Q{k}?", "answer": a}) for k, a in enumerate(["7", answer])]
+    (tmp_path / "own.jsonl").write_text("\n".join(lines))
     with pytest.raises(DataError, match=r"own.jsonl, line 2: field 'answer' has no gold number"):
         load_questions(tmp_path / "own.jsonl")
     with pytest.raises(DataError, match="no gold number"):
         sft_target(answer)
 
 
-@pytest.mark.parametrize("number, value", [("1,250", "1250"), ("2,125", "2125"), ("1,250.50", "2501/2"), ("$18.", "18"), ("50%", "50"),
-                                           ("3 1/2", "7/2"), ("18 km", "18"), ("5 + 3 = 8", "8"), ("**-3**", "-3")])
+@pytest.mark.parametrize("number, value", [("1,250", "1250"), ("2,125", "2125"), ("1,250.50", "2501/2"), ("$18.", "18"),
+                                           ("50%", "50"), ("3 1/2", "7/2"), ("18 km", "18"), ("5 + 3 = 8", "8"),
+                                           ("**-3**", "-3")])
 def test_a_gold_answer_that_stands_alone_is_read(number, value):
     assert gold_answer(f"#### {number}") == gold_answer(f"Answer: {number}\n") == value
 

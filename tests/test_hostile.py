@@ -1,5 +1,5 @@
-"""Texts that no solution holds and a model may write all the same. Each function that reads completions takes time that grows
-with their length and no faster: ten times the characters, at most fifteen times the seconds."""
+"""Texts that no solution holds and a model may write all the same. Each function that reads completions takes time that
+grows with their length and no faster: ten times the characters, at most fifteen times the seconds."""
 import logging
 import time
 import timeit
@@ -21,10 +21,11 @@ def rescored(text):
 
 
 def scored(text):
-    return regime_w.score_rollout([{"arm_name": arm, "reasoning": text, "answer": text, "num_tokens": 9} for arm in ARMS], "27")
+    trajectories = [{"arm_name": arm, "reasoning": text, "answer": text, "num_tokens": 9} for arm in ARMS]
+    return regime_w.score_rollout(trajectories, "27")
 
 
-QUICK = {
+READERS = {
     "extract_answer": answers.extract_answer,
     "extract_answer, strict": lambda text: answers.extract_answer(text, "strict"),
     "split_reasoning": answers.split_reasoning,
@@ -43,9 +44,8 @@ QUICK = {
     "platinum_answer": grading.platinum_answer,
     "score_rollout": scored,
 }
-ALL = QUICK | {"grade": lambda text: grading.grade(text, "27"), "rescore": rescored}
-PIECES = ["\n", "7", "(", ")", "[", "=", "$", "€", ",", "\\boxed{", "<think>", "Answer:", ".", " ", "1,234,", "1/", "1=", "1+", "1e99 ",
-          "A:", "\n ", "\\frac{", "####", "1 ab", "1)", "- ", "<<"]
+PIECES = ["\n", "7", "(", ")", "[", "=", "$", "€", ",", "\\boxed{", "<think>", "Answer:", ".", " ", "1,234,", "1/",
+          "1=", "1+", "1e99 ", "A:", "\n ", "\\frac{", "####", "1 ab", "1)", "- ", "<<"]
 FORMS = ["{}", "{}a", "1{}=1", "Answer: {}"]
 
 
@@ -67,30 +67,31 @@ def check_growth(function, text):  # text: length → text
     long = seconds(function, text(100_000), runs=1)
     if long <= 15 * FLOOR: return
     long, short = min(long, seconds(function, text(100_000))), seconds(function, text(10_000))
-    assert long <= 15 * max(short, FLOOR), f"{short:.3f} s for 10,000 characters, {long:.3f} s for 100,000 of {text(40)!r}"
+    assert long <= 15 * max(short, FLOOR), f"{short:.3f} s for 10,000, {long:.3f} s for 100,000 of {text(40)!r}"
 
 
 @pytest.mark.parametrize("piece", PIECES)
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", READERS)
 def test_time_grows_with_the_length(name, piece):
     for form in FORMS:
-        check_growth(QUICK[name], lambda size: form.format((piece * size)[:size]))
+        check_growth(READERS[name], lambda size: form.format((piece * size)[:size]))
 
 
-@pytest.mark.parametrize("piece", ["\n", "7", "(", "=", "$", ",", "\\boxed{", "<think>", "Answer:", ".", "as in Answer: 42\n"])
-@pytest.mark.parametrize("name", ["grade", "rescore"])
-def test_time_of_the_graders_grows_with_the_length(name, piece):
-    check_growth(ALL[name], lambda size: (piece * size)[:size])
+@pytest.mark.parametrize("piece", ["\n", "7", "(", "=", "$", ",", "\\boxed{", "<think>", "Answer:", ".", "1/"])
+@pytest.mark.parametrize("function", [lambda text: grading.grade(text, "27"), rescored], ids=["grade", "rescore"])
+def test_time_of_the_graders_grows_with_the_length(function, piece):
+    check_growth(function, lambda size: (piece * size)[:size])
 
 
-hostile = st.lists(st.sampled_from([*PIECES, "a", "#", "*", "{", "}", "\\", "/", "%", "½", "\u2028", "</think>", "percent", "of ", "x"]), max_size=4)
+MORE = ["a", "#", "*", "{", "}", "\\", "/", "%", "½", "\u2028", "</think>", "percent", "of ", "x"]
+hostile = st.lists(st.sampled_from(PIECES + MORE), max_size=4)
 
 
 @settings(max_examples=20, deadline=None)
 @given(head=hostile, middle=hostile.filter(bool), tail=hostile)
 def test_time_grows_with_the_length_of_any_text(head, middle, tail):
     head, middle, tail = map("".join, (head, middle, tail))
-    for function in QUICK.values():
+    for function in READERS.values():
         check_growth(function, lambda size: head + (middle * size)[:size] + tail)
 
 
@@ -106,10 +107,13 @@ def test_a_run_of_lines():
 
 def test_shared_lines_without_end():
     "The instruction's line repeated to the limit, behind an echo of the question."
-    rows = [{"question": f"What is {k} and {k} together?", "gold": str(2 * k), "completion": ""} for k in range(1, 4)]
-    fill = lambda size: pd.DataFrame([r | {"completion": r["question"] + "\n" + "as in Answer: 42\n" * (size // 17) + r["gold"]} for r in rows])
-    assert audit.rescore(fill(100_000)).accuracy == (3, 3)
-    check_growth(audit.rescore, fill)
+    def log(size):
+        lines, asked = "as in Answer: 42\n" * (size // 17), "What is {k} and {k} together?"
+        rows = [{"question": asked.format(k=k), "gold": 2 * k, "completion": f"\n{lines}{2 * k}"} for k in range(1, 4)]
+        return pd.DataFrame([r | {"completion": r["question"] + r["completion"]} for r in rows])
+
+    assert audit.rescore(log(100_000)).accuracy == (3, 3)
+    check_growth(audit.rescore, log)
 
 
 @given(st.text("ab", max_size=12), st.text("ab", max_size=12))
