@@ -642,6 +642,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                 'looper_math/report.py'),
                                     'looper_math.report._contradiction': ('lib/report.html#_contradiction', 'looper_math/report.py'),
                                     'looper_math.report._count_criterion': ('lib/report.html#_count_criterion', 'looper_math/report.py'),
+                                    'looper_math.report._criterion_cells': ('lib/report.html#_criterion_cells', 'looper_math/report.py'),
                                     'looper_math.report._document': ('lib/report.html#_document', 'looper_math/report.py'),
                                     'looper_math.report._epoch_losses': ('lib/report.html#_epoch_losses', 'looper_math/report.py'),
                                     'looper_math.report._evaluation_criteria': ( 'lib/report.html#_evaluation_criteria',

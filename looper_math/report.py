@@ -131,7 +131,7 @@ def _document(found: dict) -> Document:
     preset = _parameters(found, "03_preferences").get("preset") or _parameters(found, "02_rollouts").get("preset")
     return DOCUMENTS.get(preset, _ELEVEN)
 
-# %% ../nbs/lib/report.ipynb #399ae769
+# %% ../nbs/lib/report.ipynb #42e279bf
 def _form(t: dict) -> str:
     "How a trajectory announces its answer."
     found = find_answer(t["full_text"])
@@ -185,7 +185,7 @@ def _form_criterion(r: _Rollouts, source: str) -> Criterion:
     name, number = "answers in the form 'Answer: <number>'", f"{announced:,} of {total:,}"
     return _judged(name, announced == total, number, "all", source, others)
 
-# %% ../nbs/lib/report.ipynb #d1b066a3
+# %% ../nbs/lib/report.ipynb #d1d1b266
 def _constant_criterion(name: str, values: list[float], limits: dict, source: str) -> Criterion:
     "A metric that differs between questions."
     n, same = len(set(values)), f"{len(values):,} questions, each with {values[0]:.3f}"
@@ -278,7 +278,7 @@ def _pair_criterion(kind: str, bounds: tuple, r: _Pairs, doc: Document) -> Crite
     return _judged("pairs" if kind == "all" else f"{kind} pairs", not (many or few), number, expected, doc.source,
                    "; ".join(filter(None, reason)))
 
-# %% ../nbs/lib/report.ipynb #b6cc5f21
+# %% ../nbs/lib/report.ipynb #1e8cdc58
 def _share_criterion(r: _Pairs, doc: Document) -> Criterion:
     "Share of the correctness pairs."
     n, (low, high) = r.taken["correctness"], doc.share
@@ -298,7 +298,7 @@ def _preference_criteria(found: dict, doc: Document) -> list[Criterion]:
     rows = [_pair_criterion(kind, bounds, r, doc) for kind, bounds in doc.pairs.items()]
     return rows + ([_share_criterion(r, doc)] if doc.share else [])
 
-# %% ../nbs/lib/report.ipynb #468c70be
+# %% ../nbs/lib/report.ipynb #c279f1d9
 def _epoch_losses(log: list[dict]) -> list[float]: # mean of each epoch
     epochs = {}
     for h in log: epochs.setdefault(max(1, -int(-h["epoch"]//1)), []).append(h["loss"])
@@ -403,7 +403,7 @@ def _evaluation_criteria(folder: Path, found: dict, doc: Document) -> list[Crite
             *(_accuracy_criterion(row, found) for row in doc.accuracy),
             *(_time_criterion(row, folder, found) for row in doc.minutes)]
 
-# %% ../nbs/lib/report.ipynb #2298b192
+# %% ../nbs/lib/report.ipynb #97f25a3b
 def _trajectory_criterion(p: dict, counts: dict) -> Criterion:
     "Questions times arms of an online run, for the recipe's limit and arm set."
     arms, limit = len(ARM_SETS[p["arm_set"]]), p["limit"] or counts["questions"]
@@ -500,14 +500,19 @@ def _sampled(summary: dict) -> str: # nothing where nothing was sampled
     return "<h2>Several samples</h2><p>Drawn at a temperature; not to be compared with the greedy answers above.</p>" + _table(rows, {1, 2, 3, 4, 5})
 
 # %% ../nbs/lib/report.ipynb #afdfd6ae
+def _criterion_cells(row) -> list[str]: # HTML: criterion, verdict, number and reason, expectation, source
+    "A row of the criteria, the reason below the number."
+    colour = {"pass": "pass", "fail": "fail"}.get(row.verdict, "none")
+    why = f"<br><small>{html.escape(row.reason)}</small>" if row.reason else ""
+    plain = [html.escape(text) for text in (row.criterion, row.found, row.expected, row.source)]
+    return [plain[0], f"<b class={colour}>{row.verdict}</b>", plain[1] + why, *plain[2:]]
+
 def report_page(folder: Path, phases: list[str]) -> str: # HTML
     "The page of a run whose evaluation is done."
     found, state, summary = manifests(folder), read_json(folder/"run.json"), summarise(folder)
     rows = [[html.escape(c) for c in row] for row in ladder(summary)]
-    colour = {"pass": "pass", "fail": "fail"}
-    verdict = lambda v: f"<b class={colour.get(v, 'none')}>{v}</b>"
-    cells = lambda row: [verdict(v) if k == 1 else html.escape(v) for k, v in enumerate(row)]
-    judged = [list(Criterion._fields)] + [cells(row) for row in criteria(folder).itertuples(index=False)]
+    head = ["criterion", "verdict", "found, and why", "expected", "source"]
+    judged = [head, *map(_criterion_cells, criteria(folder).itertuples())]
     cost = [["phase", "time", "tokens"]] + [[f'<a href="{r.phase}.html">{r.phase}</a>', clock(r.seconds) if pd.notna(r.seconds) else "", f"{r.tokens:,}" if pd.notna(r.tokens) else ""] for r in costs(folder).itertuples() if r.phase in phases]
     details = "".join(f"<details><summary>{p}</summary><pre>{html.escape(json.dumps(m['parameters'], indent=1, ensure_ascii=False))}</pre></details>" for p, m in found.items())
     parts = [_opening(folder, found, state), _picture(ladder_figure(summary)), _table(rows, {1, 2, 4, 5, 6}), "<h2>Verdicts</h2>", _verdicts(summary),

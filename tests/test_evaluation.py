@@ -222,7 +222,10 @@ def finished(done):
     folder = run_folder(RUN)
     common = {"git_commit": "", "versions": {}}
     write_json(folder / "02_rollouts/manifest.json", common | {"parameters": {"arm_set": "guide-8", "preset": "guide-8", "questions": "q.jsonl"}, "counts": {"questions": 3, "trajectories": 24}, "metrics": {"accuracy": .5}})
-    write_json(folder / "03_preferences/manifest.json", common | {"parameters": {"policy": "all"}, "counts": {"questions": 3, "questions_all_right": 0, "questions_all_wrong": 1, "dropped_duplicate": 0, "correctness": 5, "coherence": 2}, "metrics": {}})
+    counts = {"questions": 3, "questions_all_right": 0, "questions_all_wrong": 1, "dropped_duplicate": 0,
+              "correctness": 5, "coherence": 2}
+    pairs = common | {"parameters": {"policy": "all"}, "counts": counts, "metrics": {}}
+    write_json(folder / "03_preferences/manifest.json", pairs)
     write_json(folder / "run.json", {"recipe": "pocket", "parameters": {}, "seconds": {"05_eval": 61.0}})
     return folder
 
@@ -234,7 +237,9 @@ def test_report_and_comparison_of_two_runs(finished, capsys):
     assert all(c["sentence"].split(":")[0] in page for c in metrics["paired"].values())
     judged = report.criteria(finished).set_index("criterion")
     assert judged.verdict["correctness pairs"] == "fail" and judged.verdict["DPO's loss falls"] == "not measurable"
-    assert judged.expected["correctness pairs"] == "12 to 18 for 3 questions" and judged.source["correctness pairs"] == "pipeline guide"
+    row = judged.loc["correctness pairs"]
+    assert (row.expected, row.source) == ("12 to 18 for 3 questions", "pipeline guide")
+    assert all(text in page for text in (row.expected, row.source, f"<small>{row.reason}</small>"))
 
     other = run_folder(f"{RUN}-other")
     shutil.rmtree(other, ignore_errors=True)

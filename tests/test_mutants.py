@@ -23,30 +23,35 @@ SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mul
          ast.LtE: ast.Lt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.In: ast.NotIn, ast.NotIn: ast.In}
 NAMES = {"max": "min", "min": "max", "maximum": "minimum", "minimum": "maximum", "all": "any", "any": "all"}
 
+FORMS = {"s_end": ("pairs", "largest"), "s_path": ("overlap", "length"), "s_cf": ("consensus", "consistency"),
+         "alignment": ("probes", "plurality"), "arm_set": ("platinum-11", "guide-8", "core-variants")}
 SYMMETRIC = "the axes are the same: the array is symmetric, or has one length on both"
 MASKED = "the value stands where a mask hides it, or where a later factor is 0"
 EQUIVALENT = {
     "incidence[rows, columns] = 2": "sizes and intersections both grow fourfold, and a share of them stays",
-    **dict.fromkeys(["common.shape[+1]", "common.shape[-2]", "supporters = s.same.sum(+1)", "supporters = s.same.sum(-2)",
-                     "(s.same.sum(+1), others.sum(-1))", "(s.same.sum(-2), others.sum(-1))", "supporters.max(+1, keepdims=True)",
-                     "np.where(correct, tokens, np.inf).min(+1, keepdims=True)", "correct.sum(+1, keepdims=True)",
-                     "np.where(correct, tokens, -np.inf).max(+1, keepdims=True)", "s.present.sum(+1, keepdims=True)"], SYMMETRIC),
-    **dict.fromkeys(["np.maximum(count, 0)", "np.maximum(size, 0)", "np.where(high >= low, high - low, 1)",
-                     "np.where(high > low, high - low, 2)", "np.where(high > low, high - low, 0)",
-                     "_share(_largest(s, keep), keep.sum(-1), 1)", "_share((a @ s.overlap * a_prime).sum(-1), probes, 1)",
-                     "_share((s.overlap * usable).sum(-1), usable.sum(-1), 1)", "1.5000000000000002e-09", "np.maximum(mean, 0.0)",
-                     "np.where(mean >= 0, mean / np.maximum(mean + variance, 1e-09), 0)", "np.maximum(mean + variance, 0.0)"], MASKED),
+    **dict.fromkeys([
+        "common.shape[+1]", "common.shape[-2]", "supporters = s.same.sum(+1)", "supporters = s.same.sum(-2)",
+        "(s.same.sum(+1), others.sum(-1))", "(s.same.sum(-2), others.sum(-1))", "supporters.max(+1, keepdims=True)",
+        "np.where(correct, tokens, np.inf).min(+1, keepdims=True)", "correct.sum(+1, keepdims=True)",
+        "np.where(correct, tokens, -np.inf).max(+1, keepdims=True)", "s.present.sum(+1, keepdims=True)"], SYMMETRIC),
+    **dict.fromkeys([
+        "np.maximum(count, 0)", "np.maximum(size, 0)", "np.where(high >= low, high - low, 1)",
+        "np.where(high > low, high - low, 2)", "np.where(high > low, high - low, 0)",
+        "_share(_largest(s, keep), keep.sum(-1), 1)", "_share((a @ s.overlap * a_prime).sum(-1), probes, 1)",
+        "_share((s.overlap * usable).sum(-1), usable.sum(-1), 1)", "1.5000000000000002e-09",
+        "np.where(mean >= 0, mean / np.maximum(mean + variance, 1e-09), 0)", "np.maximum(mean, 0.0)",
+        "np.maximum(mean + variance, 0.0)"], MASKED),
     "np.maximum(size, 2)": "only a set of one differs, whose variance is 0 with any mean",
     "Ledger(None, 1, None)": "the number of equations is not read where the ledger is left out",
     "correct=correct / 1.0": "a division by 1",
     "enumerate(dict.fromkeys(value.values()), start=2)": "codes only have to differ, and to be above 0",
     "max((len(ts) for _, ts in questions), default=1)": "no questions, no records",
     "65": "the size of a batch of records changes no result",
-    **dict.fromkeys([f"lru_cache({size}, typed=True)" for size in ("2 * 12", "3 ** 12", "0 ** 12", "2 ** 13", "2 ** 0")],
+    **dict.fromkeys([f"lru_cache({n}, typed=True)" for n in ("2 * 12", "3 ** 12", "0 ** 12", "2 ** 13", "2 ** 0")],
                     "the size of a cache"),
     **dict.fromkeys([f"0 <= min(values) <= max(values) < {high}" for high in ("2 * 53", "0 ** 53", "2 ** 0")] + [
         "1 <= min(values) <= max(values) < 2 ** 53", "0 < min(values) <= max(values) < 2 ** 53",
-        "0 <= min(values) < max(values) < 2 ** 53"], "sends more values to the check that reads each by itself, and no fewer"),
+        "0 <= min(values) < max(values) < 2 ** 53"], "sends more values to the check of each by itself, and no fewer"),
 }
 
 
@@ -77,7 +82,8 @@ def changes(node):
 
 def around(node, parents):
     "The smallest piece of code around a node that says where it stands."
-    while len(ast.unparse(node)) < 16 and isinstance(parents.get(node), (ast.expr, ast.keyword, ast.Assign)): node = parents[node]
+    while len(ast.unparse(node)) < 16 and isinstance(parents.get(node), (ast.expr, ast.keyword, ast.Assign)):
+        node = parents[node]
     return node
 
 
@@ -85,7 +91,8 @@ def mutants(source, only=None):
     "(the changed piece of code, the source with it) for every change of a cell, annotations left alone."
     tree = ast.parse(source)
     parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
-    spared = {x for n in ast.walk(tree) for a in (getattr(n, "annotation", None), getattr(n, "returns", None)) if a for x in ast.walk(a)}
+    annotations = [getattr(n, name, None) for n in ast.walk(tree) for name in ("annotation", "returns")]
+    spared = {x for a in annotations if a for x in ast.walk(a)}
     chosen = [n for n in tree.body if only is None or getattr(n, "name", ast.unparse(n).split(" ")[0]) in only]
     for node in itertools.chain.from_iterable(map(ast.walk, chosen)):
         for attribute, value in changes(node) if node not in spared else ():
@@ -118,7 +125,8 @@ def design():
 
 def test_the_notebook_holds_the_module(design):
     "So a mutant of a cell is a mutant of the module."
-    shape = lambda source: [ast.dump(n) for n in ast.parse(source).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+    kinds = ast.FunctionDef, ast.ClassDef
+    shape = lambda source: [ast.dump(n) for n in ast.parse(source).body if isinstance(n, kinds)]
     exported = [d for _, source in design if source.startswith("#| export") for d in shape(source)]
     assert exported == shape((ROOT / "looper_math/regime_w.py").read_text(encoding="utf-8"))
 
@@ -143,8 +151,7 @@ def test_a_wrong_weight_or_form_is_caught_in_every_preset(design):
         for field, value in vars(preset.weights).items():
             weights = f"replace(PRESETS[{name!r}].weights, {field}={value * 1.5 or .1})"
             changed.append((f"{name}.{field}", f"PRESETS[{name!r}] = replace(PRESETS[{name!r}], weights={weights})"))
-        for field, forms in (("s_end", ("pairs", "largest")), ("s_path", ("overlap", "length")), ("s_cf", ("consensus", "consistency")),
-                             ("alignment", ("probes", "plurality")), ("arm_set", ("platinum-11", "guide-8", "core-variants"))):
+        for field, forms in FORMS.items():
             changed += [(f"{name}.{field}={f}", f"PRESETS[{name!r}] = replace(PRESETS[{name!r}], {field}={f!r})")
                         for f in forms if f != getattr(preset, field)]
     space = {"__name__": "design"}
@@ -166,4 +173,5 @@ def test_a_wrong_arm_or_sample_seed_is_caught(design, monkeypatch):
             execute(design, {"__name__": "design"})
         except Exception: continue
         left.append(name)
-    assert made > 25 and left == ["round(0.2 + 0.1 * i, 2)"]   # 0.2 + 0.1 * 1 is 0.30000000000000004, rounded to 0.3 by both
+    # 0.2 + 0.1 * 1 is 0.30000000000000004, which both rounded to one digit and to two is 0.3
+    assert made > 25 and left == ["round(0.2 + 0.1 * i, 2)"]

@@ -45,7 +45,8 @@ def test_arms_are_the_presets_wherever_arms_answer(recipe):
     for phase, p in v.items():
         if p.get("arm_set") and preset: assert p["arm_set"] == find_preset(preset).arm_set, phase
     rollouts = v.get("02_rollouts")
-    if rollouts and "04_dpo" in v: assert set(v["04_dpo"]["control_arms"]) <= {a.name for a in arms(rollouts["arm_set"])}
+    if rollouts and "04_dpo" in v:
+        assert set(v["04_dpo"]["control_arms"]) <= {a.name for a in arms(rollouts["arm_set"])}
 
 
 @pytest.mark.parametrize("recipe", BIG)

@@ -188,8 +188,8 @@ def test_a_weight_must_be_a_finite_number(value):
         Weights(quality=value)
 
 
-@pytest.mark.parametrize("form", [dict(s_end="largets"), dict(s_path="lenght"), dict(s_cf="consensu"), dict(alignment="probe"),
-                                  dict(arm_set="guide8")])
+@pytest.mark.parametrize("form", [dict(s_end="largets"), dict(s_path="lenght"), dict(s_cf="consensu"),
+                                  dict(alignment="probe"), dict(arm_set="guide8")])
 def test_a_preset_of_an_unknown_form_is_refused(form):
     with pytest.raises(SettingsError, match=f"unknown {next(iter(form))} .*did you mean"):
         Preset("mine", **{"arm_set": "guide-8"} | form)

@@ -16,40 +16,47 @@ COMMON = {"git_commit": "", "versions": {}, "metrics": {}}
 def trajectory(rng, arm, question, tokens):
     total = 7 if rng.random() < .7 else rng.choice([8, 12])
     said = " ".join(rng.choices("so we add three and four apples then".split(), k=rng.randint(3, 12)))
-    return dict(arm_name=arm.name, prompt=build_prompt(question, arm.instruction), full_text=f"{said} 3 + 4 = {total}\nAnswer: {total}",
-                reasoning=f"{said} 3 + 4 = {total}", answer=str(total), answer_strict=str(total), num_tokens=rng.randint(*tokens),
+    text = f"{said} 3 + 4 = {total}"
+    return dict(arm_name=arm.name, prompt=build_prompt(question, arm.instruction), full_text=f"{text}\nAnswer: {total}",
+                reasoning=text, answer=str(total), answer_strict=str(total), num_tokens=rng.randint(*tokens),
                 finish_reason="stop", seed=1)
 
 
 def rollouts(arm_set, questions=20, tokens=(80, 300)):
-    rng = random.Random(0)
-    return [dict(question_id=f"{k:016x}", question=f"Question {k}?", gold_answer="7",
-                 trajectories=[trajectory(rng, a, f"Question {k}?", tokens) for a in arms(arm_set)]) for k in range(questions)]
+    rng, made = random.Random(0), []
+    for k in range(questions):
+        solutions = [trajectory(rng, a, f"Question {k}?", tokens) for a in arms(arm_set)]
+        made.append(dict(question_id=f"{k:016x}", question=f"Question {k}?", gold_answer="7", trajectories=solutions))
+    return made
 
 
 def finished(folder, preset, changes={}, losses=(.62, .48, .38), **made):
     "A run of Abel-7B, its rollouts and pairs made by the project's code, its training and evaluation invented."
-    p = {"02_rollouts": ABEL | {"arm_set": find_preset(preset).arm_set, "limit": 20, "questions": "openai/gsm8k", "preset": preset},
+    arm_set = find_preset(preset).arm_set
+    p = {"02_rollouts": ABEL | {"arm_set": arm_set, "limit": 20, "questions": "openai/gsm8k", "preset": preset},
          "03_preferences": {"policy": "all", "coherence": "best-worst", "threshold": .01, "cap": 4, "preset": preset},
          "04_dpo": ABEL | {"epochs": 3, "learning_rate": 5e-5, "beta": .1, "loss": "sigmoid", "nll_weight": 0.},
          "05_eval": ABEL | {"questions": "madrylab/gsm8k-platinum", "limit": 0, "models": {}}}
     p = {phase: values | changes.get(phase, {}) for phase, values in p.items()}
-    scored = list(score_records(rollouts(find_preset(preset).arm_set, **made), preset))
+    scored = list(score_records(rollouts(arm_set, **made), preset))
     (folder / "02_rollouts").mkdir(parents=True)
     with RecordWriter(folder / "02_rollouts/rollouts.jsonl") as writer: writer.append(scored)
     rules = {k: v for k, v in p["03_preferences"].items() if k != "preset"}
     counts = {"02_rollouts": {"questions": len(scored)}, "03_preferences": build_pairs_report(scored, **rules)[1],
               "04_dpo": {"pairs": 100}, "05_eval": {"test": 1209}}
     score = lambda k: {"correct": k, "n": 1209, "cut_off": 3}
-    change = {"gained": 60, "lost": 25, "n": 1209, "p": .001, "p_holm": .002, "difference": 35 / 1209, "sentence": "", "interval": [0, 1]}
+    change = {"gained": 60, "lost": 25, "n": 1209, "p": .001, "p_holm": .002, "difference": 35 / 1209}
+    models = {"base": score(972), "sft": score(985), "dpo": score(1020)}
     metrics = {"03_preferences": reward_summary(scored, preset),
-               "05_eval": {"models": {"base": score(972), "sft": score(985), "dpo": score(1020)}, "paired": {"dpo_vs_sft": change}}}
+               "05_eval": {"models": models, "paired": {"dpo_vs_sft": change}}}
     for phase, values in p.items():
         write_json(folder / phase / "manifest.json", COMMON | {"parameters": values, "counts": counts[phase]} |
                    ({"metrics": metrics[phase]} if phase in metrics else {}))
-    log = [{"epoch": k + part, "loss": loss + .01 - .02 * part, "grad_norm": 1., "step": 10 * k} for k, loss in enumerate(losses) for part in (.5, 1)]
+    log = [{"epoch": k + part, "loss": loss + .01 - .02 * part, "grad_norm": 1., "step": 10 * k}
+           for k, loss in enumerate(losses) for part in (.5, 1)]
     write_json(folder / "04_dpo/adapter/trainer_state.json", {"log_history": log})
-    write_json(folder / "run.json", {"recipe": "x", "parameters": {}, "seconds": {"02_rollouts": 1200., "04_dpo": 1700., "05_eval": 800.}})
+    seconds = {"02_rollouts": 1200., "04_dpo": 1700., "05_eval": 800.}
+    write_json(folder / "run.json", {"recipe": "x", "parameters": {}, "seconds": seconds})
     return report.criteria(folder).set_index("criterion")
 
 
@@ -65,8 +72,10 @@ def test_every_verdict_has_number_expectation_and_source_and_every_fail_a_reason
 
 
 @pytest.mark.parametrize("preset, source, size", [
-    ("platinum-11", "deployment guide", "20 questions x 11 arms: 220"), ("leave-one-out", "deployment guide", "20 questions x 11 arms: 220"),
-    ("guide-8", "pipeline guide", "20 questions x 8 arms: 160"), ("core-variants", "core guide", "20 questions x 12 arms: 240")])
+    ("platinum-11", "deployment guide", "20 questions x 11 arms: 220"),
+    ("leave-one-out", "deployment guide", "20 questions x 11 arms: 220"),
+    ("guide-8", "pipeline guide", "20 questions x 8 arms: 160"),
+    ("core-variants", "core guide", "20 questions x 12 arms: 240")])
 def test_counts_are_scaled_to_the_recipes_questions_and_arms(tmp_path, preset, source, size):
     row = finished(tmp_path / "run", preset).loc["questions and trajectories"]
     assert (row.verdict, row.expected, row.source) == ("pass", size, source)
@@ -77,7 +86,8 @@ def test_pairs_are_scaled_to_the_questions_and_a_contradiction_is_named(tmp_path
     assert judged.expected["pairs"] == "120 to 200 for 20 questions"
     share = judged.loc["share of correctness pairs"]
     assert share.verdict == "fail" and "the expectations exclude each other" in share.reason
-    assert "20 coherence pairs of 120 are 17 %" in share.reason and "all-above-threshold lifts that limit" in share.reason
+    assert "20 coherence pairs of 120 are 17 %" in share.reason
+    assert "coherence=all-above-threshold lifts that limit" in share.reason
     every = finished(tmp_path / "every", "platinum-11", {"03_preferences": {"coherence": "all-above-threshold"}})
     assert "exclude" not in every.reason["share of correctness pairs"]
 
@@ -85,12 +95,12 @@ def test_pairs_are_scaled_to_the_questions_and_a_contradiction_is_named(tmp_path
 def test_the_rewards_that_the_deployment_guide_expects_are_explained_by_the_weights(tmp_path):
     row = finished(tmp_path / "run", "platinum-11").loc["reward from 0.5 to 1.2"]
     assert row.verdict == "fail"
-    assert "a right solution gets 1 and up to 0.5 for s_wm, up to 0.3 for quality, up to 0.2 for agreement" in row.reason
+    assert "gets 1 and up to 0.5 for s_wm, up to 0.3 for quality, up to 0.2 for agreement;" in row.reason
 
 
 @pytest.mark.parametrize("tokens, verdict, reason", [
     ((560, 900), "fail", "1.0 a question"),
-    ((80, 300), "fail", "no completion is longer than 512 tokens, the longest has 300: the length penalty is 0 everywhere")])
+    ((80, 300), "fail", "no completion is longer than 512 tokens, the longest has 300: the length penalty is 0")])
 def test_the_guides_coherence_pairs_need_completions_beyond_the_free_tokens(tmp_path, tokens, verdict, reason):
     row = finished(tmp_path / "run", "guide-8", tokens=tokens).loc["coherence pairs"]
     assert row.verdict == verdict and row.reason.startswith(reason)
@@ -99,14 +109,17 @@ def test_the_guides_coherence_pairs_need_completions_beyond_the_free_tokens(tmp_
 
 def test_accuracies_and_times_are_judged_on_the_documents_model_test_and_host_only(tmp_path):
     judged = finished(tmp_path / "abel", "guide-8")
-    assert judged.verdict[["accuracy of base", "accuracy of dpo", "minutes of 04_dpo"]].tolist() == ["fail", "pass", "pass"]
+    verdicts = judged.verdict[["accuracy of base", "accuracy of dpo", "minutes of 04_dpo"]]
+    assert verdicts.tolist() == ["fail", "pass", "pass"]
     assert judged.found["accuracy of base"] == "80.4 % (78.1 to 82.5)"
-    assert judged.reason["accuracy of base"] == "0.04 points below, which chance alone may explain; 3 answers were cut off"
-    assert judged.reason["accuracy of sft"] == "0.53 points below, which chance alone may explain; 3 answers were cut off"
+    for model, gap in (("base", .04), ("sft", .53)):
+        reason = f"{gap} points below, which chance alone may explain; 3 answers were cut off"
+        assert judged.reason[f"accuracy of {model}"] == reason
     assert judged.verdict["minutes of 05_eval"] == "not applicable"   # the guide's ten minutes are of one GPU
     pocket = {phase: {"base": "data/pocket-base", "n_gpu": 0} for phase in ("02_rollouts", "04_dpo", "05_eval")}
     other = finished(tmp_path / "pocket", "guide-8", pocket)
-    assert set(other.verdict[[f"accuracy of {m}" for m in ("base", "sft", "dpo")] + ["minutes of 02_rollouts"]]) == {"not applicable"}
+    for name in ("accuracy of base", "accuracy of sft", "accuracy of dpo", "minutes of 02_rollouts"):
+        assert other.verdict[name] == "not applicable"
     assert other.reason["accuracy of sft"] == "this run has data/pocket-base on madrylab/gsm8k-platinum"
     assert other.expected["accuracy of sft"] == "82 to 85 %, GAIR/Abel-7B-002 on GSM8K or Platinum"
 
@@ -118,7 +131,7 @@ def test_the_losses_of_the_deployment_guide_hold_for_its_loss_only(tmp_path):
     assert (high.verdict, high.reason) == ("fail", "above it, with learning_rate=5e-05 and beta=0.1")
     mixed = finished(tmp_path / "c", "platinum-11", {"04_dpo": {"nll_weight": 1.}})
     assert set(mixed.verdict[names]) == {"not applicable"} and "nll_weight=1" in mixed.reason[names[0]]
-    assert not any("loss of" in name for name in finished(tmp_path / "d", "guide-8").index)   # the pipeline guide states none
+    assert not any("loss of" in name for name in finished(tmp_path / "d", "guide-8").index)   # its guide states none
 
 
 def test_rollouts_that_changed_after_their_manifest_are_named(tmp_path):
