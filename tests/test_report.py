@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from looper_math import report
+from looper_math import criteria
 from looper_math.preferences import build_pairs_report, reward_summary
 from looper_math.prompts import arms, build_prompt
 from looper_math.records import RecordWriter, write_json
@@ -57,7 +57,7 @@ def finished(folder, preset, changes={}, losses=(.62, .48, .38), **made):
     write_json(folder / "04_dpo/adapter/trainer_state.json", {"log_history": log})
     seconds = {"02_rollouts": 1200., "04_dpo": 1700., "05_eval": 800.}
     write_json(folder / "run.json", {"recipe": "x", "parameters": {}, "seconds": seconds})
-    return report.criteria(folder).set_index("criterion")
+    return criteria.criteria(folder).set_index("criterion")
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -138,7 +138,7 @@ def test_rollouts_that_changed_after_their_manifest_are_named(tmp_path):
     finished(tmp_path / "run", "guide-8")
     path = tmp_path / "run/02_rollouts/rollouts.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:10]))
-    row = report.criteria(tmp_path / "run").set_index("criterion").loc["questions and trajectories"]
+    row = criteria.criteria(tmp_path / "run").set_index("criterion").loc["questions and trajectories"]
     assert (row.verdict, row.reason) == ("fail", "the manifest counted 20 questions: rollouts.jsonl has changed since")
 
 
@@ -146,6 +146,6 @@ def test_answers_behind_other_markers_are_counted_apart(tmp_path):
     judged = finished(tmp_path / "run", "guide-8")
     path = tmp_path / "run/02_rollouts/rollouts.jsonl"
     path.write_text(path.read_text().replace("\\nAnswer: 7", "\\n#### 7", 3))
-    row = report.criteria(tmp_path / "run").set_index("criterion").loc["answers in the form 'Answer: <number>'"]
+    row = criteria.criteria(tmp_path / "run").set_index("criterion").loc["answers in the form 'Answer: <number>'"]
     assert judged.verdict["answers in the form 'Answer: <number>'"] == "pass"
     assert (row.verdict, row.found, row.reason) == ("fail", "157 of 160", "3 announced by #### or a box")
