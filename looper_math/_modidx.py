@@ -43,6 +43,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'looper_math.ask._row': ('lib/ask.html#_row', 'looper_math/ask.py'),
                                  'looper_math.ask._runs': ('lib/ask.html#_runs', 'looper_math/ask.py'),
                                  'looper_math.ask._scored': ('lib/ask.html#_scored', 'looper_math/ask.py'),
+                                 'looper_math.ask._shown': ('lib/ask.html#_shown', 'looper_math/ask.py'),
                                  'looper_math.ask._text': ('lib/ask.html#_text', 'looper_math/ask.py'),
                                  'looper_math.ask.as_html': ('lib/ask.html#as_html', 'looper_math/ask.py'),
                                  'looper_math.ask.as_plain_text': ('lib/ask.html#as_plain_text', 'looper_math/ask.py'),
