@@ -126,10 +126,9 @@ DOCUMENTS = {"platinum-11": _ELEVEN, "leave-one-out": _ELEVEN, "guide-8": _PIPEL
 
 def _parameters(found: dict, phase: str) -> dict: return found[phase]["parameters"] if phase in found else {}
 
-def _document(found: dict) -> Document:
-    "The document that a run follows, by its preset."
-    preset = _parameters(found, "03_preferences").get("preset") or _parameters(found, "02_rollouts").get("preset")
-    return DOCUMENTS.get(preset, _ELEVEN)
+def _document(p: dict) -> Document:
+    "The document that a phase follows, by the preset among its parameters."
+    return DOCUMENTS.get(p.get("preset"), _ELEVEN)
 
 # %% ../nbs/lib/report.ipynb #42e279bf
 def _form(t: dict) -> str:
@@ -217,10 +216,11 @@ def _rollout_criteria(folder: Path, found: dict, doc: Document) -> list[Criterio
     path = folder/"02_rollouts/rollouts.jsonl"
     r = _read_rollouts(path) if "02_rollouts" in found and path.exists() else None
     if not r or not r.arms: return [_judged("questions and trajectories", None, "no rollouts", "", doc.source)]
-    facts = found.get("03_preferences", {}).get("metrics", {})
-    limits, weights = facts.get("limits", {}), facts.get("weights", {})
+    asked, ruled = _parameters(found, "02_rollouts"), _parameters(found, "03_preferences")
+    facts = found["03_preferences"]["metrics"] if ruled and ruled.get("preset") == asked.get("preset") else {}
+    limits, weights = facts.get("limits", {}), facts.get("weights", {}) # pairs of another preset have other rewards
     return [_count_criterion(r, found["02_rollouts"], doc.source),
-            _arm_criterion(r, found["02_rollouts"]["parameters"]["arm_set"], doc.source),
+            _arm_criterion(r, asked["arm_set"], doc.source),
             _form_criterion(r, "deployment guide"),
             _constant_criterion("s_cf", r.values["s_cf"], limits, "deployment guide"),
             _constant_criterion("s_path", r.values["s_path"], {}, "deployment guide"),
@@ -228,10 +228,10 @@ def _rollout_criteria(folder: Path, found: dict, doc: Document) -> list[Criterio
 
 # %% ../nbs/lib/report.ipynb #794eb09a
 class _Pairs(NamedTuple):
-    "What the criteria ask of the pairs: counts, parameters, limits of the reward's terms; numbers by kind."
+    "What the criteria ask of the pairs."
     counts: dict
-    p: dict
-    limits: dict
+    p: dict # parameters
+    limits: dict[str, str] # reward term that can tell right solutions apart → what keeps it from acting, or nothing
     taken: dict[str, int] # correctness, coherence or all → pairs that the policy took
     possible: dict[str, int] # … → pairs that the rollouts hold
 
@@ -243,7 +243,9 @@ def _read_pairs(manifest: dict) -> _Pairs:
     possible = {kind: n + counts.get(left[kind], 0) for kind, n in taken.items()}
     whole = lambda kinds: kinds | {"all": sum(kinds.values())}
     p = {"coherence": "best-worst"} | manifest["parameters"] # the only way before it became a parameter
-    return _Pairs(counts, p, manifest["metrics"].get("limits", {}), whole(taken), whole(possible))
+    weights, limits = (manifest["metrics"].get(name, {}) for name in ("weights", "limits"))
+    within = {term: limits.get(term, "") for term in ("quality", "coherence", "lift", "excess_tokens") if term in weights}
+    return _Pairs(counts, p, within, whole(taken), whole(possible))
 
 def _contradiction(r: _Pairs, doc: Document) -> str: # empty where the two expectations can hold together
     "Whether one coherence pair a question allows for so many pairs and such a share of them."
@@ -258,7 +260,7 @@ def _contradiction(r: _Pairs, doc: Document) -> str: # empty where the two expec
 def _too_few(kind: str, r: _Pairs) -> str:
     "Why there are fewer pairs than expected."
     c, possible = r.counts, r.possible[kind]
-    if kind == "coherence" and "excess_tokens" in r.limits: return r.limits["excess_tokens"]
+    if kind == "coherence" and r.limits and all(r.limits.values()): return "; ".join(r.limits.values())
     if possible > r.taken[kind]: return f"policy={r.p['policy']} leaves some out: policy=all would take {possible:,}"
     if kind == "coherence":
         return (f"{c['dropped_below_threshold']:,} questions have right solutions whose rewards differ by no more than "
@@ -427,9 +429,11 @@ def _online_criteria(found: dict) -> list[Criterion]:
 def criteria(folder: Path) -> pd.DataFrame: # columns criterion, verdict, found, expected, source, reason
     "What the documents expect of a run beside its numbers; rollouts, pairs and DPO unless online RL took their place."
     found = manifests(folder)
-    doc, online = _document(found), _online_criteria(found) if "06_online_rl" in found else []
+    online = _online_criteria(found) if "06_online_rl" in found else []
+    asked = _parameters(found, "02_rollouts")
+    doc = _document(asked | _parameters(found, "03_preferences")) # which may score the rollouts by another preset
     rows = [] if online and "04_dpo" not in found else [
-        *_rollout_criteria(folder, found, doc), *_preference_criteria(found, doc),
+        *_rollout_criteria(folder, found, _document(asked)), *_preference_criteria(found, doc),
         *_training_criteria(folder, found, doc), *_evaluation_criteria(folder, found, doc)]
     return pd.DataFrame([*rows, *online], columns=Criterion._fields)
 

@@ -323,8 +323,6 @@ def test_the_phase_writes_pairs_and_a_manifest_once(phase):
     assert pairs == records.read_records(phase.path) == build_pairs(read_rollouts(phase.rollouts), **phase.rules)
     counts, metrics = (open_phase(phase).manifest[k] for k in ("counts", "metrics"))
     assert counts["correctness"] + counts["coherence"] == len(pairs)
-    rewards = [t["reward"] for r in score_records(raw_rollouts(20)) for t in r["trajectories"] if t["correct"]]
-    assert metrics["rewards"]["right"][::2] == [round(min(rewards), 4), round(max(rewards), 4)]
     assert metrics["weights"]["quality"] == .3 and "agreement" in metrics["limits"]
     before = files(phase)
     assert main(phase) == pairs and files(phase) == before

@@ -4,7 +4,7 @@ import random
 import pytest
 
 from looper_math import report
-from looper_math.preferences import build_pairs_report, reward_summary
+from looper_math.preferences import build_pairs_report, reward_terms
 from looper_math.prompts import arms, build_prompt
 from looper_math.records import RecordWriter, write_json
 from looper_math.regime_w import PRESETS, find_preset, score_records
@@ -47,7 +47,7 @@ def finished(folder, preset, changes={}, losses=(.62, .48, .38), **made):
     score = lambda k: {"correct": k, "n": 1209, "cut_off": 3}
     change = {"gained": 60, "lost": 25, "n": 1209, "p": .001, "p_holm": .002, "difference": 35 / 1209}
     models = {"base": score(972), "sft": score(985), "dpo": score(1020)}
-    metrics = {"03_preferences": reward_summary(scored, preset),
+    metrics = {"03_preferences": reward_terms(scored, preset),
                "05_eval": {"models": models, "paired": {"dpo_vs_sft": change}}}
     for phase, values in p.items():
         write_json(folder / phase / "manifest.json", COMMON | {"parameters": values, "counts": counts[phase]} |
@@ -149,3 +149,9 @@ def test_answers_behind_other_markers_are_counted_apart(tmp_path):
     row = report.criteria(tmp_path / "run").set_index("criterion").loc["answers in the form 'Answer: <number>'"]
     assert judged.verdict["answers in the form 'Answer: <number>'"] == "pass"
     assert (row.verdict, row.found, row.reason) == ("fail", "157 of 160", "3 announced by #### or a box")
+
+
+def test_pairs_under_another_preset_than_the_rollouts_follow_the_document_of_each(tmp_path):
+    judged = finished(tmp_path / "run", "platinum-11", {"03_preferences": {"preset": "core-variants"}})
+    assert judged.source["questions and trajectories"] == "deployment guide" and judged.source["coherence pairs"] == "core guide"
+    assert "gets 1" not in judged.reason["reward from 0.5 to 1.2"]   # the weights are those of the other rewards
