@@ -133,10 +133,10 @@ def _coherence(right: list[dict], endable: list[dict], rules: PairRules, dropped
     above = sorted((p for p in candidates if _gap(p) > rules.threshold), key=_gap, reverse=True)
     dropped["below_threshold"] += bool(candidates) and not above
     if rules.coherence == "best-worst": return above[:1]
-    found = {}
+    kept = {}
     for pair in above:
-        if _texts(pair)[::-1] not in found: found[_texts(pair)] = pair
-    return list(found.values())
+        if _texts(pair)[::-1] not in kept: kept[_texts(pair)] = pair
+    return list(kept.values())
 
 # %% ../nbs/03_preferences.ipynb #d16b2735
 def _best_worst(candidates: list) -> list: return [max(candidates, key=_gap)]
