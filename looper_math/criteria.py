@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DOCUMENTS', 'ABEL', 'Criterion', 'Document', 'criteria']
 
-# %% ../nbs/lib/criteria.ipynb #95eda608
+# %% ../nbs/lib/criteria.ipynb #636a01dd
 import statistics
 from collections import Counter
 from pathlib import Path
@@ -68,20 +68,19 @@ _CORE = _guide("core guide", pairs={"correctness": (1, None), "coherence": (1, N
     ("01_sft", 120, 180, 1), ("02_rollouts", 10, 15, 8), ("04_dpo", 30, 45, 8), ("05_eval", 10, 10, 1)))
 DOCUMENTS = {"platinum-11": _ELEVEN, "leave-one-out": _ELEVEN, "guide-8": _PIPELINE, "core-variants": _CORE} # by preset
 
-def _parameters(found: dict, phase: str) -> dict: return found[phase]["parameters"] if phase in found else {}
+def _parameters(done: dict, phase: str) -> dict: return done[phase]["parameters"] if phase in done else {}
 
-def _document(found: dict) -> Document:
-    "The document that a run follows, by its preset."
-    preset = _parameters(found, "03_preferences").get("preset") or _parameters(found, "02_rollouts").get("preset")
-    return DOCUMENTS.get(preset, _ELEVEN)
+def _document(p: dict) -> Document:
+    "The document that a phase follows, by the preset among its parameters."
+    return DOCUMENTS.get(p.get("preset"), _ELEVEN)
 
 # %% ../nbs/lib/criteria.ipynb #42e279bf
 def _form(t: dict) -> str:
     "How a trajectory announces its answer."
-    found = find_answer(t["full_text"])
-    if found and t["full_text"][found[0]:].lower().startswith("answer"): return "Answer:"
+    marker = find_answer(t["full_text"])
+    if marker and t["full_text"][marker[0]:].lower().startswith("answer"): return "Answer:"
     if t["finish_reason"] == "length": return "cut off before any answer"
-    return "announced by #### or a box" if found else "without an announced answer"
+    return "announced by #### or a box" if marker else "without an announced answer"
 
 class _Rollouts(NamedTuple):
     "What the criteria ask of the rollouts."
@@ -143,8 +142,8 @@ def _reward_reason(r: _Rollouts, weights: dict) -> str:
     "What rewards are made of, and what right and wrong solutions get."
     right, wrong = ([x for x, ok in zip(r.values["reward"], r.right) if ok == side] for side in (True, False))
     parts = [f"up to {w:g} for {term}" for term, w in weights.items() if w > 0 and term != "correct"]
-    made = f"a right solution gets {weights['correct']:g} and {', '.join(parts)}; " if "correct" in weights else ""
-    return f"{made}here right ones have {_spread(right)} and wrong ones {_spread(wrong)}"
+    weighed = f"a right solution gets {weights['correct']:g} and {', '.join(parts)}; " if "correct" in weights else ""
+    return f"{weighed}here right ones have {_spread(right)} and wrong ones {_spread(wrong)}"
 
 def _range_criterion(name: str, r: _Rollouts, bounds: tuple, weights: dict, source: str) -> Criterion:
     "Nine in ten values within a range."
@@ -156,15 +155,16 @@ def _range_criterion(name: str, r: _Rollouts, bounds: tuple, weights: dict, sour
     name = f"{name} from {low:g} to {high:g}"
     return _judged(name, below + above <= .1, number, "nine in ten within it", source, reason)
 
-def _rollout_criteria(folder: Path, found: dict, doc: Document) -> list[Criterion]:
+def _rollout_criteria(folder: Path, done: dict, doc: Document) -> list[Criterion]:
     "Counts, arms, form of the answers, and the spread of metrics and rewards."
     path = folder/"02_rollouts/rollouts.jsonl"
-    r = _read_rollouts(path) if "02_rollouts" in found and path.exists() else None
+    r = _read_rollouts(path) if "02_rollouts" in done and path.exists() else None
     if not r or not r.arms: return [_judged("questions and trajectories", None, "no rollouts", "", doc.source)]
-    facts = found.get("03_preferences", {}).get("metrics", {})
-    limits, weights = facts.get("limits", {}), facts.get("weights", {})
-    return [_count_criterion(r, found["02_rollouts"], doc.source),
-            _arm_criterion(r, found["02_rollouts"]["parameters"]["arm_set"], doc.source),
+    sampled, paired = _parameters(done, "02_rollouts"), _parameters(done, "03_preferences")
+    facts = done["03_preferences"]["metrics"] if paired and paired.get("preset") == sampled.get("preset") else {}
+    limits, weights = facts.get("limits", {}), facts.get("weights", {}) # pairs of another preset have other rewards
+    return [_count_criterion(r, done["02_rollouts"], doc.source),
+            _arm_criterion(r, sampled["arm_set"], doc.source),
             _form_criterion(r, "deployment guide"),
             _constant_criterion("s_cf", r.values["s_cf"], limits, "deployment guide"),
             _constant_criterion("s_path", r.values["s_path"], {}, "deployment guide"),
@@ -172,10 +172,10 @@ def _rollout_criteria(folder: Path, found: dict, doc: Document) -> list[Criterio
 
 # %% ../nbs/lib/criteria.ipynb #794eb09a
 class _Pairs(NamedTuple):
-    "What the criteria ask of the pairs: counts, parameters, limits of the reward's terms; numbers by kind."
+    "What the criteria ask of the pairs."
     counts: dict
-    p: dict
-    limits: dict
+    p: dict # parameters
+    limits: dict[str, str] # reward term that can tell right solutions apart → what keeps it from acting, or nothing
     taken: dict[str, int] # correctness, coherence or all → pairs that the policy took
     possible: dict[str, int] # … → pairs that the rollouts hold
 
@@ -187,7 +187,10 @@ def _read_pairs(manifest: dict) -> _Pairs:
     possible = {kind: n + counts.get(left[kind], 0) for kind, n in taken.items()}
     whole = lambda kinds: kinds | {"all": sum(kinds.values())}
     p = {"coherence": "best-worst"} | manifest["parameters"] # the only way before it became a parameter
-    return _Pairs(counts, p, manifest["metrics"].get("limits", {}), whole(taken), whole(possible))
+    weights, limits = (manifest["metrics"].get(name, {}) for name in ("weights", "limits"))
+    own = "quality", "coherence", "lift", "excess_tokens" # terms of the single trajectory
+    within = {term: limits.get(term, "") for term in own if term in weights}
+    return _Pairs(counts, p, within, whole(taken), whole(possible))
 
 def _contradiction(r: _Pairs, doc: Document) -> str: # empty where the two expectations can hold together
     "Whether one coherence pair a question allows for so many pairs and such a share of them."
@@ -202,7 +205,7 @@ def _contradiction(r: _Pairs, doc: Document) -> str: # empty where the two expec
 def _too_few(kind: str, r: _Pairs) -> str:
     "Why there are fewer pairs than expected."
     c, possible = r.counts, r.possible[kind]
-    if kind == "coherence" and "excess_tokens" in r.limits: return r.limits["excess_tokens"]
+    if kind == "coherence" and r.limits and all(r.limits.values()): return "; ".join(r.limits.values())
     if possible > r.taken[kind]: return f"policy={r.p['policy']} leaves some out: policy=all would take {possible:,}"
     if kind == "coherence":
         return (f"{c['dropped_below_threshold']:,} questions have right solutions whose rewards differ by no more than "
@@ -234,10 +237,10 @@ def _share_criterion(r: _Pairs, doc: Document) -> Criterion:
     number, expected = f"{share:.0f} %", f"{low} to {high} %"
     return _judged("share of correctness pairs", low <= share <= high, number, expected, doc.source, "; ".join(why))
 
-def _preference_criteria(found: dict, doc: Document) -> list[Criterion]:
+def _preference_criteria(done: dict, doc: Document) -> list[Criterion]:
     "Number and mix of the pairs."
-    counted = "questions" in found.get("03_preferences", {}).get("counts", {})
-    r = _read_pairs(found["03_preferences"]) if counted else None
+    counted = "questions" in done.get("03_preferences", {}).get("counts", {})
+    r = _read_pairs(done["03_preferences"]) if counted else None
     if not r or not r.taken["all"]: return [_judged("pairs", None, "no pairs", "", doc.source)]
     rows = [_pair_criterion(kind, bounds, r, doc) for kind, bounds in doc.pairs.items()]
     return rows + ([_share_criterion(r, doc)] if doc.share else [])
@@ -280,9 +283,9 @@ def _gradient_criterion(log: list[dict]) -> Criterion:
     reason = f"zero or NaN at update {', '.join(map(str, still[:5]))}"
     return _judged("gradients are not zero", not still, number, "above 0", "deployment guide", reason)
 
-def _training_criteria(folder: Path, found: dict, doc: Document) -> list[Criterion]:
+def _training_criteria(folder: Path, done: dict, doc: Document) -> list[Criterion]:
     "DPO's loss by epoch, and its gradients."
-    state, p = folder/"04_dpo/adapter/trainer_state.json", _parameters(found, "04_dpo")
+    state, p = folder/"04_dpo/adapter/trainer_state.json", _parameters(done, "04_dpo")
     history = read_json(state)["log_history"] if state.exists() and p else []
     log = [h for h in history if "loss" in h and "grad_norm" in h]
     if not log: return [_judged("DPO's loss falls", None, "no training log", "", "deployment guide")]
@@ -291,10 +294,10 @@ def _training_criteria(folder: Path, found: dict, doc: Document) -> list[Criteri
 # %% ../nbs/lib/criteria.ipynb #4afbe557
 ABEL = "GAIR/Abel-7B-002"
 
-def _accuracy_criterion(row: tuple, found: dict) -> Criterion:
+def _accuracy_criterion(row: tuple, done: dict) -> Criterion:
     "A model's accuracy against the document's; the base's under its own prompt where the run has it."
     model, low, high, source = row
-    p, scores = _parameters(found, "05_eval"), found.get("05_eval", {}).get("metrics", {}).get("models", {})
+    p, scores = _parameters(done, "05_eval"), done.get("05_eval", {}).get("metrics", {}).get("models", {})
     score = scores.get(f"{model}-native" if model == "base" else model) or scores.get(model)
     name, expected = f"accuracy of {model}", f"{_range(low, high)} %, {ABEL} on GSM8K or Platinum"
     if not score: return _judged(name, None, f"{model} was not evaluated", expected, source)
@@ -308,9 +311,9 @@ def _accuracy_criterion(row: tuple, found: dict) -> Criterion:
     reason = f"{low - share:.2f} points below, {chance}; {score['cut_off']:,} answers were cut off"
     return _judged(name, share >= low, number, expected, source, reason)
 
-def _gain_criterion(found: dict, model: str, gain: tuple, source: str) -> Criterion:
+def _gain_criterion(done: dict, model: str, gain: tuple, source: str) -> Criterion:
     "A model against SFT: a gain, or no loss where the document asks for none."
-    c = found.get("05_eval", {}).get("metrics", {}).get("paired", {}).get(f"{model}_vs_sft")
+    c = done.get("05_eval", {}).get("metrics", {}).get("paired", {}).get(f"{model}_vs_sft")
     name = f"{model.upper()} against SFT"
     expected = f"{gain[0]} to {gain[1]} points above or more, p < .05" if gain else "correctness is kept"
     if not c: return _judged(name, None, f"{model} and sft were not compared", expected, source)
@@ -320,32 +323,32 @@ def _gain_criterion(found: dict, model: str, gain: tuple, source: str) -> Criter
     reason = f"{c['gained']:,} gained and {c['lost']:,} lost, {chance}"
     return _judged(name, ok, number, expected, source, reason)
 
-def _time_criterion(row: tuple, folder: Path, found: dict) -> Criterion:
+def _time_criterion(row: tuple, folder: Path, done: dict) -> Criterion:
     "Minutes of a phase against the document's, where model and number of processes are the document's."
     phase, low, high, processes, source = row
     state = read_json(folder/"run.json") if (folder/"run.json").exists() else {"seconds": {}}
-    p, seconds = _parameters(found, phase), state["seconds"].get(phase)
+    p, seconds = _parameters(done, phase), state["seconds"].get(phase)
     name, expected = f"minutes of {phase}", f"{_range(low, high)} on {'eight H100s' if processes == 8 else 'one H100'}"
     if seconds is None or not p: return _judged(name, None, "no time", expected, source)
     base, n, number = p.get("base"), max(1, p.get("n_gpu", 0)), f"{seconds/60:.1f}"
     if base != ABEL or n != processes:
         other = f"this run has {base} and {n} process{'es' if n > 1 else ''}"
         return Criterion(name, "not applicable", number, expected, source, other)
-    work = ", ".join(f"{what} {n:,}" for what, n in found[phase]["counts"].items() if isinstance(n, int))
+    work = ", ".join(f"{what} {n:,}" for what, n in done[phase]["counts"].items() if isinstance(n, int))
     return _judged(name, seconds <= 60*high, number, expected, source, f"its work: {work}")
 
-def _size_criterion(found: dict) -> list[Criterion]:
+def _size_criterion(done: dict) -> list[Criterion]:
     "One answer for each question of Platinum, where the run was evaluated on it."
-    if "platinum" not in _parameters(found, "05_eval").get("questions", ""): return []
-    n, limit = found["05_eval"]["counts"]["test"], found["05_eval"]["parameters"]["limit"]
+    if "platinum" not in _parameters(done, "05_eval").get("questions", ""): return []
+    n, limit = done["05_eval"]["counts"]["test"], done["05_eval"]["parameters"]["limit"]
     number = f"{n:,}, all that the published set has" if n == 1209 else f"{n:,}"
     return [_judged("questions of Platinum", n in (1209, 1210), number, "1,210", "deployment guide", f"limit={limit}")]
 
-def _evaluation_criteria(folder: Path, found: dict, doc: Document) -> list[Criterion]:
+def _evaluation_criteria(folder: Path, done: dict, doc: Document) -> list[Criterion]:
     "Gain, accuracies and times."
-    return [_gain_criterion(found, "dpo", doc.gain, doc.source), *_size_criterion(found),
-            *(_accuracy_criterion(row, found) for row in doc.accuracy),
-            *(_time_criterion(row, folder, found) for row in doc.minutes)]
+    return [_gain_criterion(done, "dpo", doc.gain, doc.source), *_size_criterion(done),
+            *(_accuracy_criterion(row, done) for row in doc.accuracy),
+            *(_time_criterion(row, folder, done) for row in doc.minutes)]
 
 # %% ../nbs/lib/criteria.ipynb #97f25a3b
 def _trajectory_criterion(p: dict, counts: dict) -> Criterion:
@@ -356,23 +359,25 @@ def _trajectory_criterion(p: dict, counts: dict) -> Criterion:
     reason = f"{counts['questions']:,} questions fill whole updates"
     return _judged("trajectories", n == full, f"{n:,}", expected, "8B readme", reason)
 
-def _online_criteria(found: dict) -> list[Criterion]:
+def _online_criteria(done: dict) -> list[Criterion]:
     "Size, start, gain and honesty of online RL."
-    metrics, p = found["06_online_rl"]["metrics"], found["06_online_rl"]["parameters"]
+    metrics, p = done["06_online_rl"]["metrics"], done["06_online_rl"]["parameters"]
     start, verdict = metrics["first_divergence"], metrics["hacking"]
     divergence = "no divergence without beta" if start is None else f"divergence {start:.2g} at the first update"
-    return [_trajectory_criterion(p, found["06_online_rl"]["counts"]),
+    return [_trajectory_criterion(p, done["06_online_rl"]["counts"]),
             _judged("starts at its reference", None if start is None else start <= .01, divergence, "0.01 or less",
                     "ours", "the policy differs from its reference before it has learned anything"),
             _judged("no sign of reward hacking", verdict.endswith("No sign of reward hacking."), verdict,
                     "right answers rise with the reward", "ours", verdict),
-            _gain_criterion(found, p["algorithm"], (2, 5), "ours")]
+            _gain_criterion(done, p["algorithm"], (2, 5), "ours")]
 
 def criteria(folder: Path) -> pd.DataFrame: # columns criterion, verdict, found, expected, source, reason
     "What the documents expect of a run beside its numbers; rollouts, pairs and DPO unless online RL took their place."
-    found = manifests(folder)
-    doc, online = _document(found), _online_criteria(found) if "06_online_rl" in found else []
-    rows = [] if online and "04_dpo" not in found else [
-        *_rollout_criteria(folder, found, doc), *_preference_criteria(found, doc),
-        *_training_criteria(folder, found, doc), *_evaluation_criteria(folder, found, doc)]
+    done = manifests(folder)
+    online = _online_criteria(done) if "06_online_rl" in done else []
+    sampled = _parameters(done, "02_rollouts")
+    doc = _document(sampled | _parameters(done, "03_preferences")) # which may score the rollouts by another preset
+    rows = [] if online and "04_dpo" not in done else [
+        *_rollout_criteria(folder, done, _document(sampled)), *_preference_criteria(done, doc),
+        *_training_criteria(folder, done, doc), *_evaluation_criteria(folder, done, doc)]
     return pd.DataFrame([*rows, *online], columns=Criterion._fields)
