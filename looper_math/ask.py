@@ -6,7 +6,9 @@
 __all__ = ['USE', 'SIGNALS', 'Model', 'run_models', 'find_model', 'Asked', 'solve', 'verdicts', 'as_html', 'as_plain_text', 'ask']
 
 # %% ../nbs/lib/ask.ipynb #29b7bae0
-import html
+import html, os, sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,13 +16,13 @@ from pathlib import Path
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import AutoConfig
 
-from . import engines, models, prompts, regime_w, show
+from . import engines, models, prompts, show
 from .answers import same_answer
 from .data import gold_answer, question_id
 from .ledger import equations
 from .prompts import TEMPLATE, build_prompt
 from .records import ROOT, SettingsError, nearest, read_json, require
-from .report import as_text, located, manifests
+from .report import as_text, located
 from .stats import plurality
 from .trajectories import requests_for, trajectory
 
@@ -40,18 +42,31 @@ class Model:
         return made_of if made_of == self.name else f"{self.name}: {made_of}"
 
 # %% ../nbs/lib/ask.ipynb #1fc9b6b5
+def _noted(path: Path) -> dict:
+    "The parameters in a run's file; raises `SettingsError` for a damaged file."
+    try: parameters = read_json(path)["parameters"]
+    except (ValueError, TypeError, KeyError) as e:
+        raise SettingsError(f"{path} is damaged: expected a JSON object with parameters ({type(e).__name__}: {e}); "
+                            "delete it and run the recipe again, which keeps what is done") from None
+    require(isinstance(parameters, dict), f"{path} is damaged: its parameters are no object, got {parameters!r:.60}")
+    return parameters
+
 def _parameters(folder: Path) -> dict[str, dict]: # phase → its parameters
-    "What the phases of a run were given: those of the runner, and those of phases that are done, however they were started."
-    plan = folder/"run.json"
-    return (read_json(plan)["parameters"] if plan.exists() else {}) | {phase: m["parameters"] for phase, m in manifests(folder).items()}
+    "The parameters of a run's phases: the runner's, and those of phases that are done, however they were started."
+    plan, done = folder/"run.json", sorted(folder.glob("0[1-9]_*/manifest.json"))
+    return (_noted(plan) if plan.exists() else {}) | {manifest.parent.name: _noted(manifest) for manifest in done}
 
 def _runs(root: Path) -> dict[str, Path]: # name → folder
     "The runs of a project."
     return {p.name: p for p in sorted((root/"outputs").glob("*")) if p.is_dir()}
 
 def run_models(root: Path = ROOT) -> list[str]: # such as `pocket/dpo`
-    "Every model that a run of the project names."
-    return [f"{run}/{model}" for run, folder in _runs(root).items() for model in _parameters(folder).get("05_eval", {}).get("models", {})]
+    "Every model that a run of the project names; a run with a damaged file is left out, with a note."
+    names = []
+    for run, folder in _runs(root).items():
+        try: names += [f"{run}/{model}" for model in _parameters(folder).get("05_eval", {}).get("models", {})]
+        except SettingsError as e: print(f"The models of run {run!r} are not listed: {e}", file=sys.stderr)
+    return names
 
 # %% ../nbs/lib/ask.ipynb #66013014
 def _of_run(folder: Path, model: str) -> Model:
@@ -74,7 +89,7 @@ def _of_adapter(name: str, folder: Path) -> Model:
     "The model of a peft folder, under the base and the prompt of the phase that trained it; raises `SettingsError` when no manifest tells them."
     found = next((p/"manifest.json" for p in folder.parents[:2] if (p/"manifest.json").exists()), None)
     require(found is not None, f"{name}: no manifest.json beside this adapter, so its base and its prompt are not known; the phase that trains it writes one when it is done, and an adapter from elsewhere can be asked in a notebook, as Model(name, base, adapter, template)")
-    asked = read_json(found)["parameters"]
+    asked = _noted(found)
     return Model(name, asked["base"], str(folder), asked["template"], max_new_tokens=asked.get("max_new_tokens", Model.max_new_tokens))
 
 # %% ../nbs/lib/ask.ipynb #9e10e69d
@@ -92,7 +107,10 @@ def find_model(name: str, # a run's model such as `pocket/dpo`, an adapter's fol
               ) -> Model:
     "The model that a user means; raises `SettingsError` that says what is near."
     require(bool(name.strip()), f"MODEL is empty: name a model of a run, {', '.join(run_models(root)) or 'of which there is none yet'}, a folder, or a hub name")
-    folder = root/Path(name).expanduser()
+    longest = max(map(len, os.fsencode(name).split(b"/")))
+    require(longest <= 255, f"MODEL has a part of {longest} bytes, and names of files have at most 255: {name:.40}…")
+    try: folder = root/Path(name).expanduser()
+    except RuntimeError: raise SettingsError(f"MODEL {name!r}: there is no user {name.split('/')[0]!r}") from None
     if (folder/"adapter_config.json").exists(): return _of_adapter(name, folder)
     if (folder/"config.json").exists(): return Model(name, name)
     run, _, model = name.removeprefix("outputs/").partition("/")
@@ -103,20 +121,41 @@ def find_model(name: str, # a run's model such as `pocket/dpo`, an adapter's fol
 def _requests(question: str, model: Model, arms: list[prompts.Arm]) -> list[engines.Request]:
     "The plain call, then one request for each arm."
     layout = models.prompt_template(model.base, model.template)
-    plain = engines.Request("plain call", build_prompt(question, template=layout), max_new_tokens=model.max_new_tokens)
-    return [plain, *requests_for({"question_id": question_id(question), "question": question}, arms, layout, model.max_new_tokens)]
+    asked = {"question_id": question_id(question), "question": question}
+    plain = engines.Request(f"{asked['question_id']}/plain call", build_prompt(question, template=layout),
+                            max_new_tokens=model.max_new_tokens)
+    return [plain, *requests_for(asked, arms, layout, model.max_new_tokens)]
+
+@contextmanager
+def _loading(name) -> Iterator[None]:
+    "Turn whatever a damaged file makes the libraries raise into one sentence, as a `SettingsError`."
+    try: yield
+    except SettingsError: raise
+    except Exception as e: # a cut tokenizer raises Exception itself
+        reason = (str(e).splitlines() or [type(e).__name__])[0].rstrip(".: ")
+        raise SettingsError(f"{name} cannot be loaded: {reason}. Restore its files, or make the model again") from e
 
 def _check_length(requests: list[engines.Request], base: str):
     "Raise `SettingsError` for a prompt that the model has no room for, before its weights are loaded."
-    room = AutoConfig.from_pretrained(models.source(base)).max_position_embeddings
-    try: engines.tokenize(requests, models.load_tokenizer(base), room)
+    with _loading(base):
+        room = AutoConfig.from_pretrained(models.source(base)).max_position_embeddings
+        tokenizer = models.load_tokenizer(base)
+    try: engines.tokenize(requests, tokenizer, room)
     except ValueError as e: raise SettingsError(f"{base}: {e}") from None
 
 # %% ../nbs/lib/ask.ipynb #949e7ea6
+def _regime_w():
+    "The module that scores solutions; raises `SettingsError` in a build without it."
+    try: import looper_math.regime_w as module
+    except ModuleNotFoundError as e:
+        if e.name != "looper_math.regime_w": raise
+        raise SettingsError("this build has no Regime W: ask with --plain, in a notebook with plain=True") from None
+    return module
+
 def _scored(solutions: list[dict], gold: str | None, preset: str) -> tuple[dict, list[dict]]: # the set's metrics, each solution's signals
     "What Regime W says: reward and correctness are among the signals only with a gold answer."
-    if gold is None: return regime_w.score_unlabelled(solutions, preset)
-    metrics, scored = regime_w.score_rollout(solutions, gold, preset)
+    if gold is None: return _regime_w().score_unlabelled(solutions, preset)
+    metrics, scored = _regime_w().score_rollout(solutions, gold, preset)
     return metrics, [r["signals"] | {"correct": r["correct"], "reward": r["reward"]} for r in scored]
 
 def _false_equation(solution: dict, index: int | None) -> str | None:
@@ -200,7 +239,9 @@ def as_html(a: Asked) -> str:
         lines = [", ".join(signals[i:i + 2]) for i in range(0, len(signals), 2)]
         return {"arm": cells.pop("arm"), "solution": s["full_text"].strip()} | cells | ({"signals": "\n".join(lines)} if a.solutions else {})
     paragraphs = lambda texts: "".join(f"<p>{html.escape(text)}</p>" for text in texts)
-    return paragraphs([str(a.model), a.question]) + show.texts([wide(s) for s in [a.plain, *a.solutions]]).to_html() + paragraphs(verdicts(a))
+    solutions = show.texts([wide(s) for s in [a.plain, *a.solutions]]).data
+    parts = [paragraphs([str(a.model), a.question]), solutions, paragraphs(verdicts(a))]
+    return f'<div class="{show.NO_MATH}">{"".join(parts)}</div>'
 
 # %% ../nbs/lib/ask.ipynb #352c86a6
 def as_plain_text(a: Asked) -> str:
@@ -212,16 +253,22 @@ def as_plain_text(a: Asked) -> str:
     return "\n\n".join([f"{a.model}\n{a.question}", *texts, table, "\n".join(verdicts(a))])
 
 # %% ../nbs/lib/ask.ipynb #eb81262a
-def _checked(question: str, gold, arm_set: str, preset: str, max_new_tokens: int) -> str | None: # the right answer in canonical form, if one was given
+def _checked(question: str, gold, arm_set: str, max_new_tokens: int
+            ) -> str | None: # the right answer in canonical form, if one was given
     "Raise `SettingsError` for what cannot be asked."
     require(bool(question.strip()), 'the question is empty: put it in quotes, such as "Mia has 12 plums …"')
     require(question.isascii() or not any("\ud800" <= c <= "\udfff" for c in question), "the question is no valid text (half of a surrogate pair); type it again")
-    require(preset == "" or preset in regime_w.PRESETS, f"there is no preset {preset!r}{nearest(preset, regime_w.PRESETS)}")
     require(arm_set == "" or arm_set in prompts.ARM_SETS, f"there is no arm set {arm_set!r}{nearest(arm_set, prompts.ARM_SETS)}")
     require(max_new_tokens >= 0, f"max_new_tokens must be 1 or more, or 0 for the model's own, got {max_new_tokens}")
     right = None if gold is None else gold_answer(str(gold))
     require(gold is None or right is not None, f"gold must state a number, such as 72, got {gold!r}")
     return right
+
+def _arms(arm_set: str, preset: str) -> list[prompts.Arm]:
+    "The arms that answer, those of the preset if none are named; raises `SettingsError` for an unknown preset."
+    presets = _regime_w().PRESETS
+    require(preset in presets, f"there is no preset {preset!r}{nearest(preset, presets)}")
+    return prompts.arms(arm_set or presets[preset].arm_set)
 
 def ask(model: str | Model,      # see `find_model`; or a model that no run knows
         question: str,
@@ -235,10 +282,14 @@ def ask(model: str | Model,      # see `find_model`; or a model that no run know
         root: Path = ROOT        # the project's root, for models of runs
        ) -> Asked:
     "One question to a model: every arm's solution and the plain call. Raises `SettingsError` for what cannot be asked."
-    right = _checked(question, gold, arm_set, preset, max_new_tokens)
+    right = _checked(question, gold, arm_set, max_new_tokens)
+    require(not plain or not (arm_set or preset), "a plain call has no arms and no score: leave out arm set and preset")
     found = model if isinstance(model, Model) else find_model(model, root)
     found = replace(found, template=template or found.template, max_new_tokens=max_new_tokens or found.max_new_tokens, preset=preset or found.preset)
     require("{question}" in found.template or found.template == "chat", f"template must hold {{question}}, or be the word chat, got {found.template!r}")
-    arms = [] if plain else prompts.arms(arm_set or regime_w.find_preset(found.preset).arm_set)
-    _check_length(_requests(question, found, arms), found.base)
-    with engines.opened(engine, found.base, found.adapter) as generate: return solve(generate, found, question, right, arms, found.preset)
+    arms = [] if plain else _arms(arm_set, found.preset)
+    with _loading(found): requests = _requests(question, found, arms)
+    _check_length(requests, found.base)
+    with ExitStack() as stack:
+        with _loading(found): generate = stack.enter_context(engines.opened(engine, found.base, found.adapter))
+        return solve(generate, found, question, right, arms, found.preset)

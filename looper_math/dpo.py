@@ -22,6 +22,8 @@ from .records import Phase, RecordError, existing, read_records, require, resolv
 from .training import RowSettings
 
 # %% ../nbs/04_dpo.ipynb #ec97e7dc
+from . import ranges
+
 LOSSES = ("sigmoid", "sigmoid_norm", "ipo", "hinge", "robust")
 
 @dataclass
@@ -41,14 +43,17 @@ class DPOSettings(RowSettings):
     label_smoothing: float
     precompute_reference: bool
 
+    ALLOWED = RowSettings.ALLOWED | {
+        "min_pairs": ranges.Range(1, 10**9), "control_cap": ranges.SIZE, "control_learning_rate": ranges.LEARNING_RATE,
+        "beta": ranges.Range(0, 1000, above=True), "loss": LOSSES, "nll_weight": ranges.WEIGHT,
+        "label_smoothing": ranges.Range(0, .5, below=True)}
+
     def __post_init__(self):
         super().__post_init__()
-        require(self.control_cap >= 1 and self.control_learning_rate > 0, f"control_cap must be at least 1 and control_learning_rate above 0, got {self.control_cap} and {self.control_learning_rate}")
-        require(0 <= self.label_smoothing < .5, f"label_smoothing is a share from 0 to below 0.5, got {self.label_smoothing}")
-        require(self.loss == "robust" or not self.label_smoothing, f"label_smoothing works with the loss robust; under {self.loss} TRL would pass over it in silence")
-        require(self.beta > 0, f"beta must be above 0, got {self.beta}")
-        require(self.nll_weight >= 0, f"nll_weight must be 0 or more, got {self.nll_weight}")
-        require(self.loss in LOSSES, f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
+        ranges.check_texts("control_arms", self.control_arms)
+        require(self.loss == "robust" or not self.label_smoothing,
+                f"label_smoothing works with the loss robust; under {self.loss} TRL would pass over it in silence")
+        require(self.adapter != "none", "adapter must be a folder, or empty for this run's SFT adapter, got 'none'")
         self.adapter = self.adapter or f"outputs/{self.run}/01_sft/adapter"
         self.pairs = self.pairs or f"outputs/{self.run}/03_preferences/pairs.jsonl"
         self.rollouts = (self.rollouts or f"outputs/{self.run}/02_rollouts/rollouts.jsonl") if self.control else ""

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['STYLES', 'STOPS', 'EvalSettings', 'location', 'base_and_adapter', 'few_shot', 'clip', 'row', 'Job', 'plan', 'path_of',
-           'requests_for', 'chunks_of', 'answer', 'gather', 'main', 'open_phase', 'finish', 'run_phase', 'label',
-           'compared', 'tests_of', 'warning_of_drop', 'metrics_of', 'ladder', 'sides', 'by_arm']
+           'requests_for', 'chunks_of', 'answer', 'gather', 'covered', 'with_earlier', 'joined', 'open_phase', 'main',
+           'finish', 'run_phase', 'label', 'compared', 'tests_of', 'warning_of_drop', 'metrics_of', 'ladder', 'sides',
+           'by_arm']
 
 # %% ../nbs/05_eval.ipynb #d78b2c78
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,12 +23,15 @@ from .audit import Comparison, compare, rescore
 from .data import check_disjoint, load_questions
 from .grading import VERDICTS, count, grade, sampled
 from .prompts import build_prompt
-from .records import (Phase, RecordError, RecordWriter, existing, read_records, read_sealed, require,
-                                 resolve, run_folder, seal, settings)
+from .records import (Phase, RecordError, RecordWriter, RunConflict, existing, read_json, read_records,
+                                 read_sealed, require, resolve, run_folder, seal, settings)
 from .report import located
 from .stats import holm, p_text, wilson
 
 # %% ../nbs/05_eval.ipynb #482af6aa
+from . import ranges
+from .data import check_source
+
 STYLES = ("training", "native", "five-shot")
 
 @dataclass
@@ -59,23 +63,44 @@ class EvalSettings:
     dtype: str
     n_gpu: int
 
+    ALLOWED = {"base": ranges.BASE, "max_new_tokens": ranges.SIZE, "batch_size": ranges.SIZE, "chunk": ranges.SIZE,
+               "limit": ranges.COUNT, "samples": ranges.Range(0, 1000), "arm_set": ("", *prompts.ARM_SETS),
+               "sampled_models": ranges.COUNT, "sampled_questions": ranges.COUNT, "temperature": ranges.TEMPERATURE,
+               "top_p": ranges.TOP_P, "seed": ranges.SEED, "n_gpu": ranges.PROCESSES}
+
     def __post_init__(self):
-        for name in ("max_new_tokens", "batch_size", "chunk"): require(getattr(self, name) > 0, f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("limit", "samples", "sampled_models", "sampled_questions", "n_gpu"): require(getattr(self, name) >= 0, f"{name} must be 0 or more, got {getattr(self, name)}")
-        require(self.temperature > 0 and 0 < self.top_p <= 1, f"temperature must be above 0 and top_p in (0, 1], got {self.temperature} and {self.top_p}")
+        ranges.check_values(self, self.ALLOWED)
+        ranges.check_model("base", self.base)
+        build_prompt("", template=self.layout)
         self._check_models()
-        require(self.styles and set(self.styles) <= set(STYLES), f"styles must be some of {', '.join(STYLES)}, got {self.styles}")
-        require("native" not in self.styles or "{question}" in lm.prompt_template(self.base, self.native_template), "style native needs a native_template that holds {question}")
-        require("{question}" in self.layout, f"template must hold {{question}} or be chat, got {self.template!r}")
-        if self.arm_set: prompts.arms(self.arm_set)
+        self._check_comparisons()
+        require(bool(self.styles), f"styles must be some of {', '.join(STYLES)}, got none")
+        ranges.check_texts("styles", self.styles, STYLES)
+        if "native" in self.styles:
+            require(bool(self.native_template), "style native needs a native_template that holds {question}")
+            build_prompt("", template=lm.prompt_template(self.base, self.native_template))
+        for name in ("questions", "train", "practice"): check_source(name, getattr(self, name))
+        if self.harder: check_source("harder", self.harder)
+        require(self.harder != self.questions, f"harder must be another set than questions, got {self.harder} for both")
         engines.check_engine(self.engine)
         lm.pick_dtype(self.dtype)
 
     def _check_models(self):
-        plain = lambda name: isinstance(name, str) and name and all(c.isalnum() or c == "_" for c in name)
-        require(bool(self.models) and all(plain(name) and isinstance(source, str) for name, source in self.models.items()),
-                f"models must map names of letters, digits and '_' to '', a folder or a hub name, got {self.models}")
-        for pair in self.comparisons: require(isinstance(pair, list) and len(pair) == 2 and set(pair) <= set(self.models), f"a comparison is a pair of {', '.join(self.models)}, got {pair}; give comparisons for these models, or [] to have them derived")
+        "Raise `SettingsError` unless `models` names at least one model, and each can be one."
+        def plain(name): return isinstance(name, str) and 0 < len(name) <= 64 and name.replace("_", "a").isalnum()
+        fine = all(plain(name) and isinstance(source, str) for name, source in self.models.items())
+        require(fine and bool(self.models), f"models must map names of at most 64 letters, digits and '_' to '', "
+                                            f"a folder or a hub name, got {self.models}")
+        for name, source in self.models.items(): ranges.check_model(f"models.{name}", located(self.run, source))
+
+    def _check_comparisons(self):
+        "Raise `SettingsError` unless each comparison is of two different models, and each stands there once."
+        for k, pair in enumerate(self.comparisons):
+            known = isinstance(pair, list) and len(pair) == 2 and all(name in list(self.models) for name in pair)
+            require(known, f"a comparison is a pair of {', '.join(self.models)}, got {pair}; "
+                           f"give comparisons for these models, or [] to have them derived")
+            require(pair[0] != pair[1], f"comparisons: {pair} compares a model with itself")
+            require(pair not in self.comparisons[:k], f"comparisons: {pair} stands there twice")
 
     @property
     def layout(self) -> str: return lm.prompt_template(self.base, self.template)   # what every prompt is built from
@@ -88,8 +113,8 @@ class EvalSettings:
 
     @property
     def pairs(self) -> list[tuple[str, str]]: # (before, after)
-        names = list(self.models)
-        derived = [(a, b) for a, b in zip(names, names[1:])] + [(names[0], b) for b in names[2:]]
+        *earlier, last = self.models
+        derived = [*zip(earlier, earlier[1:]), *((a, last) for a in [*earlier[1:], *earlier[:1]])]
         return [tuple(pair) for pair in self.comparisons] or derived
 
 # %% ../nbs/05_eval.ipynb #41c93401
@@ -201,6 +226,60 @@ def _write(path: Path, rows):
     with RecordWriter(draft) as writer: writer.append(list(rows))
     draft.replace(path)
 
+# %% ../nbs/05_eval.ipynb #36e80aee
+def covered(s: EvalSettings, parameters: dict # of a manifest
+           ) -> EvalSettings:
+    "The settings with the models and comparisons that a manifest covers."
+    return replace(s, models=parameters["models"], comparisons=parameters["comparisons"])
+
+def with_earlier(s: EvalSettings, noted: dict # parameters of the evaluation that is in the folder
+                ) -> EvalSettings:
+    "The settings with earlier models in front; raises `RunConflict` when a name or the comparisons changed."
+    for name in s.models.keys() & noted["models"].keys():
+        if located(s.run, noted["models"][name]) != location(s, name):
+            raise RunConflict(f"{s.folder}: model {name!r} is {noted['models'][name]!r} there and {s.models[name]!r} "
+                              "now; give the new model another name, or take another run name")
+    models = noted["models"] | {n: v for n, v in s.models.items() if n not in noted["models"]}
+    return replace(s, models=models, comparisons=_comparisons(replace(s, models=models), noted["comparisons"]))
+
+def _comparisons(s: EvalSettings, earlier: list) -> list:
+    "Earlier and new pairs; raises `RunConflict` when one of the two is empty and would give other pairs."
+    if bool(earlier) == bool(s.comparisons): return earlier + [p for p in s.comparisons if p not in earlier]
+    if replace(s, comparisons=earlier).pairs == s.pairs: return earlier
+    raise RunConflict(f"{s.folder}: comparisons are {earlier} there and {s.comparisons} now; "
+                      "give pairs in both evaluations, or [] in both")
+
+def joined(s: EvalSettings) -> EvalSettings:
+    "The settings with the models that are in the run's folder already; raises as `with_earlier` does."
+    noted = s.folder/"started.json"
+    return with_earlier(s, read_json(noted)["parameters"]) if noted.exists() else s
+
+# %% ../nbs/05_eval.ipynb #a45e74d7
+def open_phase(s: EvalSettings) -> Phase:
+    "Phase 5 of the run with all of its models so far; refuses a folder that another configuration made."
+    s = joined(s)
+    inputs = existing(base=s.base, questions=s.questions, harder=s.harder, train=s.train, practice=s.practice)
+    models = {f"model_{name}": location(s, name) for name in s.models}
+    phase = Phase("05_eval", s, inputs | existing(**models), machine=("n_gpu", "batch_size"),
+                  own=("models", "comparisons", *models))
+    _refuse_changed_models(s, phase.config["inputs"])
+    return phase
+
+def _refuse_changed_models(s: EvalSettings, inputs: dict[str, str]): # name → hash
+    "Raise `RunConflict` when a model that has answers in the folder is no longer the one that gave them."
+    noted = s.folder/"started.json"
+    if not noted.exists(): return
+    old = read_json(noted)
+    for name in old["parameters"]["models"]:
+        if old["inputs"].get(f"model_{name}") != inputs.get(f"model_{name}"):
+            raise RunConflict(f"{s.folder}: {location(s, name)} has changed since it was evaluated there as {name!r}; "
+                              "take another run name, or delete that folder to evaluate all models again")
+
+def _covers(parameters: dict, s: EvalSettings) -> bool:
+    "Whether a manifest's parameters have all models and comparisons of the settings."
+    pairs = set(covered(s, parameters).pairs)
+    return s.models.keys() <= parameters["models"].keys() and all(tuple(pair) in pairs for pair in s.comparisons)
+
 # %% ../nbs/05_eval.ipynb #f9203f0e
 def main(s: EvalSettings):
     "This process's share of every job's chunks, into its shards; one engine a model."
@@ -218,11 +297,6 @@ def main(s: EvalSettings):
             for job, chunks, done, shard in todo: answer(s, job, generate, chunks, shots, done, shard)
 
 # %% ../nbs/05_eval.ipynb #b628b400
-def open_phase(s: EvalSettings) -> Phase:
-    "Phase 5 of the run; refuses a folder that another configuration made."
-    inputs = existing(base=s.base, questions=s.questions, harder=s.harder, train=s.train, practice=s.practice)
-    return Phase("05_eval", s, inputs | existing(**{f"model_{m}": location(s, m) for m in s.models}), machine=("n_gpu", "batch_size"))
-
 def finish(s: EvalSettings, job: Job, questions: list[dict]) -> pd.DataFrame:
     "The job's rows in the order of the questions, in their final file; raises `RecordError` when some are missing."
     path, rows = path_of(s, *job), gather(path_of(s, *job))
@@ -233,9 +307,12 @@ def finish(s: EvalSettings, job: Job, questions: list[dict]) -> pd.DataFrame:
     return pd.DataFrame([rows[k] for k in keys])
 
 def run_phase(s: EvalSettings) -> dict: # the manifest
-    "Phase 5 from start or from where it was left; does nothing when it is done."
+    "Phase 5 from start or from where it was left; does nothing when these models and comparisons are done."
     phase = open_phase(s)
-    if phase.manifest: return phase.manifest
+    done = phase.manifest
+    if done and _covers(done["parameters"], s): return done
+    if done: phase.start -= done["seconds"]   # the seconds of all models
+    s = joined(s)
     sets = _question_sets(s)
     for used in (s.train, s.practice):
         for name, held_out in sets.items(): check_disjoint(load_questions(used), held_out, used, s.sets[name])

@@ -31,6 +31,9 @@ from .trajectories import record, requests_for, trajectory
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"   # rollout_func may change with TRL's version, and that is pinned
 
 # %% ../nbs/06_online_rl.ipynb #662e4f16
+from . import ranges
+from .data import check_source
+
 MONITORS = ("correct", "coherence", "support", "ledger", "empty_agreement")   # watched, rewarded or not
 
 @dataclass
@@ -54,19 +57,36 @@ class OnlineSettings(TrainingSettings):
     value_learning_rate: float
     save_every: int
 
+    ALLOWED = TrainingSettings.ALLOWED | {
+        "limit": ranges.COUNT, "algorithm": ("grpo", "ppo"), "arm_set": tuple(prompts.ARM_SETS),
+        "prompt": ("canonical", "arm"), "temperature": ranges.TEMPERATURE, "beta": ranges.WEIGHT,
+        "clip": ranges.Range(0, 1, above=True), "iterations": ranges.Range(1, 1000),
+        "scale_rewards": ("group", "batch", "none"), "lam": ranges.Range(0, 1), "value_weight": ranges.WEIGHT,
+        "value_learning_rate": ranges.LEARNING_RATE, "save_every": ranges.SIZE}
+
     def __post_init__(self):
         super().__post_init__()
-        for name, options in (("algorithm", ("grpo", "ppo")), ("prompt", ("canonical", "arm")), ("scale_rewards", ("group", "batch", "none"))):
-            require(getattr(self, name) in options, f"{name} must be {' or '.join(options)}, got {getattr(self, name)!r}")
-        for name in ("temperature", "clip", "iterations", "save_every", "value_learning_rate"): require(getattr(self, name) > 0, f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("limit", "beta", "value_weight"): require(getattr(self, name) >= 0, f"{name} must be 0 or more, got {getattr(self, name)}")
-        require(0 <= self.lam <= 1, f"lam must be from 0 to 1, got {self.lam}")
-        require(self.save_every % self.iterations == 0, f"save_every must be a multiple of iterations, so that no checkpoint parts the updates on one batch of samples, got {self.save_every} and {self.iterations}")
-        require(not self.accelerate_config, "accelerate_config must stay empty in this phase: the policy is copied for sampling, so it has to lie whole on each device")
-        known = [f.name for f in dataclasses.fields(regime_w.Weights)]
-        for name in self.weights: require(name in known, f"weights: no weight {name!r}; there are {', '.join(known)}")
-        require(any(getattr(self.scoring.weights, term) for term in regime_w.REWARD_TERMS), "every reward weight is 0, so nothing could be learned")
+        check_source("questions", self.questions)
+        require(self.save_every % self.iterations == 0,
+                f"save_every must be a multiple of iterations, so that no checkpoint parts the updates on one batch of "
+                f"samples, got {self.save_every} and {self.iterations}")
+        require(not self.accelerate_config, "accelerate_config must stay empty in this phase: the policy is copied for "
+                                            "sampling, so it has to lie whole on each device")
+        require(self.adapter != "none", "adapter must be a folder, or empty for this run's SFT adapter, got 'none'")
+        self._check_weights()
         self.adapter = self.adapter or f"outputs/{self.run}/01_sft/adapter"
+
+    def _check_weights(self):
+        "Raise `SettingsError` unless `weights` holds numbers for weights of the reward, and some reward is left."
+        known = [f.name for f in dataclasses.fields(regime_w.Weights)]
+        bounds = ranges.Range(-1000, 1000)
+        for name, weight in self.weights.items():
+            require(name in known, f"weights: no weight {name!r}; there are {', '.join(known)}")
+            number = isinstance(weight, int if name == "free_tokens" else (int, float)) and not isinstance(weight, bool)
+            allowed = ranges.COUNT if name == "free_tokens" else bounds
+            require(number and weight in allowed, f"weights: {name} must be a number, {allowed}, got {weight!r}")
+        rewarded = any(getattr(self.scoring.weights, term) for term in regime_w.REWARD_TERMS)
+        require(rewarded, "every reward weight is 0, so nothing could be learned")
 
     @property
     def arms(self) -> list[prompts.Arm]:

@@ -17,7 +17,9 @@ from pathlib import Path
 import looper_math
 
 # %% ../nbs/lib/records.ipynb #d4164d42
-ROOT = Path(looper_math.__path__[0]).resolve().parent  # the project's root
+_CHECKOUT = Path(looper_math.__path__[0]).resolve().parent
+# The project's root; where the package was installed from a wheel, the working directory.
+ROOT = _CHECKOUT if (_CHECKOUT/"nbs").is_dir() else Path.cwd()
 
 def resolve(path: str | Path) -> Path: # a path relative to the project's root, or an absolute one
     "The path as an absolute one."
@@ -46,6 +48,12 @@ def _injected(cells: list[str]) -> set[str]:
     trees = [ast.parse(c) for c in cells if c.startswith("# Parameters\n")]
     return {target.id for tree in trees for node in tree.body for target in node.targets}
 
+def _read_text(value, kind):
+    "A list or a dictionary that papermill's `-p` handed over as text; any other value as it is."
+    if kind not in (list, dict) or not isinstance(value, str): return value
+    try: return ast.literal_eval(value)
+    except (ValueError, SyntaxError): return value # refused by its type
+
 def settings(cls: type, # the phase's settings dataclass
              namespace: dict # the notebook's `globals()`, or just the parameters
             ): # an instance of `cls`
@@ -54,6 +62,7 @@ def settings(cls: type, # the phase's settings dataclass
     given = _injected(namespace["In"]) if "In" in namespace else set(namespace)
     for name in sorted(given - set(kinds) - set(SHARED)):
         raise SettingsError(f"{cls.__name__}: unknown parameter {name!r}{nearest(name, kinds)}")
+    namespace = {name: _read_text(value, kinds.get(name)) for name, value in namespace.items()}
     for name, kind in kinds.items():
         if name not in namespace: raise SettingsError(f"{cls.__name__}: parameter {name!r} is missing from the parameters cell")
         if not _is_type(namespace[name], kind):
@@ -327,14 +336,15 @@ class Phase:
                  name: str, # the notebook's name, `04_dpo`
                  settings, # the phase's settings dataclass; `run` names the folder
                  inputs: dict | None = None, # name → file or folder that the phase reads
-                 machine: tuple = ()): # settings that change speed and not results, left out of the comparison
+                 machine: tuple = (), # settings that change speed and not results, left out of the comparison
+                 own: tuple = ()): # settings and inputs that are noted like others, and compared by the phase itself
         self.name, self.folder, self.start = name, run_folder(settings.run)/name, time.time()
         self.parameters = dataclasses.asdict(settings)
         self.input_paths = {k: os.path.relpath(p, ROOT) for k, p in (inputs or {}).items()}
         compared = {k: v for k, v in self.parameters.items() if k not in ("run", *machine)}
         hashes = {p: self._hash(p) for p in dict.fromkeys((inputs or {}).values())}   # each path once
         self.config = {"parameters": compared, "inputs": {k: hashes[p] for k, p in (inputs or {}).items()}}
-        self._refuse_other_configuration()
+        self._refuse_other_configuration(own)
         if (self.folder/"manifest.json").exists(): verify_outputs(self.folder)
 
     def _hash(self, path: Path) -> str:
@@ -342,11 +352,12 @@ class Phase:
         _refuse_unfinished(path, self.folder)
         return verify_output(path) or sha256(path)
 
-    def _refuse_other_configuration(self):
+    def _refuse_other_configuration(self, own: tuple):
         noted = self.folder/"started.json"
         if not noted.exists(): return
         old = read_json(noted, {"parameters": dict, "inputs": dict})
-        changed = [d for part in ("parameters", "inputs") if (d := _differences(old[part], self.config[part]))]
+        of = lambda config, part: {k: v for k, v in config[part].items() if k not in own}
+        changed = [d for part in ("parameters", "inputs") if (d := _differences(of(old, part), of(self.config, part)))]
         if changed:
             raise RunConflict(f"{self.folder} was made with another configuration ({'; '.join(changed)}). Take another run name, or delete that folder to make the phase again")
 

@@ -7,10 +7,10 @@ __all__ = ['REWARD_TERMS', 'PRESETS', 'word_overlap', 'Weights', 'reward', 'Pres
            'score_rollout', 'score_records', 'score_unlabelled']
 
 # %% ../nbs/00_regime_w.ipynb #49a329ee
-import itertools
+import itertools, math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 
@@ -19,7 +19,7 @@ import numpy as np
 from .answers import parse_answer
 from .ledger import Ledger, equations, ledger
 from .prompts import ARM_SETS, arms
-from .records import nearest
+from .records import SettingsError, nearest
 
 # %% ../nbs/00_regime_w.ipynb #f04f7d17
 class _WordTable(dict):
@@ -61,13 +61,27 @@ def word_overlap(a: str, b: str) -> float: # in [0, 1], 0 for two texts without 
 # %% ../nbs/00_regime_w.ipynb #fbf2f4aa
 _MISSING = object()
 
+_USUAL = {"arm_name": {str}, "reasoning": {str}, "num_tokens": {int},
+          "answer": {str, int, float, Fraction, type(None)}} # types that need no closer look
+
+def _check_value(value, field: str, where: str):
+    "Raise ValueError unless `value` can stand in `field` of a trajectory."
+    if value is _MISSING or (value is None and field != "answer"): raise ValueError(f"{where} has no {field!r}")
+    if field == "answer":
+        try: parse_answer(value)
+        except TypeError as e: raise ValueError(f"{where}: {e}") from None
+    elif field == "num_tokens":
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 <= value < 2**53:
+            raise ValueError(f"{where}: 'num_tokens' must be a whole number, 0 or more, got {value!r:.60}")
+    elif not isinstance(value, str): raise ValueError(f"{where}: {field!r} must be text, got {value!r:.60}")
+
 def _column(trajectories, field: str, question: str) -> list:
-    "One field of all trajectories, mappings or objects. Raises ValueError where it is missing or a text is None."
+    "One field of all trajectories, mappings or objects. Raises ValueError that names question, trajectory and field."
     if isinstance(trajectories[0], Mapping): values = [t.get(field, _MISSING) for t in trajectories]
     else: values = [getattr(t, field, _MISSING) for t in trajectories]
-    if _MISSING in values or (field != "answer" and None in values):
-        i = next(i for i, value in enumerate(values) if value is _MISSING or value is None)
-        raise ValueError(f"question {question!r}: trajectory {i} has no {field!r}")
+    usual = _USUAL[field].issuperset(map(type, values))
+    if not usual or (field == "num_tokens" and not 0 <= min(values) <= max(values) < 2**53):
+        for i, value in enumerate(values): _check_value(value, field, f"question {question!r}: trajectory {i}")
     return values
 
 _ROLES = {arm.name: arm.probe for arm_set in ARM_SETS.values() for arm in arm_set if arm.probe}
@@ -133,9 +147,21 @@ def _pairs(keep: np.ndarray, matrix: np.ndarray, alone: np.ndarray) -> np.ndarra
     size = keep.sum(-1)
     return _share(((keep @ matrix) * keep).sum(-1), size * (size - 1), alone)
 
-def _s_end(s: _Sets, keep: np.ndarray) -> np.ndarray:
-    "Share of pairs with the same answer, (Q, m) in [0, 1]; for one trajectory whether it has an answer."
-    return _pairs(keep, s.same, (_total(keep, s.answered) > 0).astype(float))
+def _any_answer(s: _Sets, keep: np.ndarray) -> np.ndarray:
+    "1 for a subset in which a trajectory has an answer, else 0. (Q, m)"
+    return (_total(keep, s.answered) > 0).astype(float)
+
+def _largest(s: _Sets, keep: np.ndarray) -> np.ndarray:
+    "How many trajectories share the most frequent answer, (Q, m); 0 where none answers."
+    return ((keep @ s.same) * keep).max(-1) + _any_answer(s, keep)
+
+def _end_pairs(s: _Sets, keep: np.ndarray) -> np.ndarray:
+    "`platinum-11`: share of pairs with the same answer, (Q, m) in [0, 1]; for one trajectory whether it has an answer."
+    return _pairs(keep, s.same, _any_answer(s, keep))
+
+def _end_largest(s: _Sets, keep: np.ndarray) -> np.ndarray:
+    "`guide-8`: share of the trajectories that give the most frequent answer. (Q, m) in [0, 1]"
+    return _share(_largest(s, keep), keep.sum(-1), 0)
 
 # %% ../nbs/00_regime_w.ipynb #5f8362f2
 def _mean_and_variance(s: _Sets, keep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -161,7 +187,7 @@ def _path_length(s: _Sets, keep: np.ndarray, w) -> np.ndarray:
 # %% ../nbs/00_regime_w.ipynb #a11ac561
 def _consensus(s: _Sets, keep: np.ndarray, shares: np.ndarray | None) -> np.ndarray:
     "`platinum-11`: (m − 1)/(n − 1), m the size of the largest group with one answer; for one trajectory whether it has an answer. (Q, m)"
-    return _share(((keep @ s.same) * keep).max(-1), keep.sum(-1) - 1, (_total(keep, s.answered) > 0).astype(float))
+    return _share(np.maximum(_largest(s, keep) - 1, 0), keep.sum(-1) - 1, _any_answer(s, keep))
 
 def _consistency(s: _Sets, keep: np.ndarray, shares: np.ndarray) -> np.ndarray:
     "`guide-8`: mean of the (Q, n) ledger shares over the trajectories that have one (not nan), 0 where none has. (Q, m)"
@@ -181,8 +207,8 @@ def _shares(ledgers: list[list[Ledger]], shape: tuple[int, int]) -> np.ndarray:
 # %% ../nbs/00_regime_w.ipynb #2f729f7d
 @dataclass(frozen=True)
 class Weights:
-    "All weights of Regime W; the defaults are those of `platinum-11`."
-    correct: float = 1.0 # reward of a correct answer
+    "All weights of Regime W, with the values of `platinum-11`; raises SettingsError on one that is no finite number."
+    correct: float = 1.0 # reward of a right answer
     s_wm: float = 0.5 # reward of the set's coherence, the same for all of its trajectories
     quality: float = 0.3 # reward of conciseness and alignment, correct trajectories only
     agreement: float = 0.2 # bonus when every arm answered and all are correct
@@ -202,6 +228,11 @@ class Weights:
     centrality: float = 0.3 # in coherence
     ledger: float = 0.3 # in coherence
 
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            if not number: raise SettingsError(f"weight {name!r} must be a finite number, got {value!r}")
+
 REWARD_TERMS = ("correct", "s_wm", "quality", "agreement", "coherence", "lift", "excess_tokens")
 
 def reward(
@@ -212,38 +243,49 @@ def reward(
     return sum(getattr(weights, term) * (signals.get(term) or 0) for term in REWARD_TERMS)
 
 # %% ../nbs/00_regime_w.ipynb #449132c4
+_ENDS = {"pairs": _end_pairs, "largest": _end_largest}
+_PATHS = {"overlap": _path_overlap, "length": _path_length}
+_CFS = {"consensus": _consensus, "consistency": _consistency}
+_FORMS = {"s_end": _ENDS, "s_path": _PATHS, "s_cf": _CFS, "alignment": ("probes", "plurality"), "arm_set": ARM_SETS}
+
 @dataclass(frozen=True)
 class Preset:
-    "One recipe of Regime W."
+    "One recipe of Regime W; raises SettingsError on a form or an arm set that does not exist."
     name: str
     arm_set: str # a name for `arms`
+    s_end: str = "pairs" # "pairs" or "largest": share of agreeing pairs, or of the largest group
     s_path: str = "overlap" # "overlap" or "length"
     s_cf: str = "consensus" # "consensus" or "consistency"
     alignment: str = "probes" # whose wording quality compares with: "probes" or "plurality"
     weights: Weights = Weights()
 
+    def __post_init__(self):
+        for field, forms in _FORMS.items():
+            value = getattr(self, field)
+            if value in forms: continue
+            raise SettingsError(f"preset {self.name!r}: unknown {field} {value!r}{nearest(str(value), forms)}")
+
 PRESETS = {p.name: p for p in [
     Preset("platinum-11", "platinum-11"),
-    Preset("guide-8", "guide-8", "length", "consistency", "plurality", Weights(end=0.5, path=0.3, cf=0.2, quality=0.0)),
-    Preset("core-variants", "core-variants", alignment="plurality"),
+    Preset("guide-8", "guide-8", s_end="largest", s_path="length", s_cf="consistency", alignment="plurality",
+           weights=Weights(end=0.5, path=0.3, cf=0.2, quality=0.0)),
+    Preset("core-variants", "core-variants", alignment="plurality", weights=Weights(s_wm=0.0, agreement=0.0)),
     Preset("leave-one-out", "platinum-11", weights=Weights(s_wm=0.0, quality=0.0, coherence=0.5)),
 ]}
-_PATHS = {"overlap": _path_overlap, "length": _path_length}
-_CFS = {"consensus": _consensus, "consistency": _consistency}
 
 def find_preset(
     preset: str | Preset, # a name, or a preset of one's own
 ) -> Preset:
-    "The preset of this name. Raises ValueError that names the nearest one."
+    "The preset of this name. Raises SettingsError that names the nearest one."
     if isinstance(preset, Preset): return preset
-    if preset not in PRESETS: raise ValueError(f"unknown preset {preset!r}{nearest(str(preset), PRESETS)}")
+    if preset not in PRESETS: raise SettingsError(f"unknown preset {preset!r}{nearest(str(preset), PRESETS)}")
     return PRESETS[preset]
 
 # %% ../nbs/00_regime_w.ipynb #699c1dad
 def _metrics(s: _Sets, keep: np.ndarray, preset: Preset, shares: np.ndarray | None) -> dict[str, np.ndarray]:
     "All metrics of each subset, (Q, m) each; s_probe is nan where it has no value."
     w = preset.weights
-    end, path, cf = _s_end(s, keep), _PATHS[preset.s_path](s, keep, w), _CFS[preset.s_cf](s, keep, shares)
+    end, path, cf = _ENDS[preset.s_end](s, keep), _PATHS[preset.s_path](s, keep, w), _CFS[preset.s_cf](s, keep, shares)
     return dict(s_end=end, s_path=path, s_cf=cf, s_probe=_s_probe(s, keep), s_wm=w.end * end + w.path * path + w.cf * cf)
 
 def _rows(columns: dict[str, np.ndarray]) -> list[dict]:
@@ -256,7 +298,7 @@ def score_question(
     preset: str | Preset = "platinum-11", # a name in PRESETS, or a preset
     question: str = "", # what errors call the question
 ) -> dict[str, float | None]: # s_end, s_path, s_cf, s_probe and s_wm, each in [0, 1]; s_probe may be None
-    "Coherence of the trajectories of one question. Raises ValueError for none at all, a missing field, an unknown preset."
+    "Coherence of a question's trajectories. Raises ValueError for none, a missing or wrong field, an unknown preset."
     preset, s = find_preset(preset), _read_sets([(question, list(trajectories))])
     shares = _shares([[ledger(t) for t in s.texts[0]]], s.present.shape) if preset.s_cf == "consistency" else None
     return _rows({name: m[:, 0] for name, m in _metrics(s, _whole(s), preset, shares).items()})[0]
@@ -328,11 +370,16 @@ def _signals(s: _Sets, golds: list[Fraction], tokens: np.ndarray, preset: Preset
     return metrics, signals
 
 # %% ../nbs/00_regime_w.ipynb #9a0c7567
+def _gold(question: str, gold) -> Fraction:
+    "Exact value of a gold answer. Raises ValueError when it is no number."
+    try: value = parse_answer(gold)
+    except TypeError: value = None
+    if value is None: raise ValueError(f"question {question!r}: the gold answer {gold!r:.60} is no number")
+    return value
+
 def _score_batch(questions: list[tuple], preset: Preset, every_signal: bool) -> list[tuple[dict, list[dict]]]:
     "Score (name, trajectories, gold) of Q questions: metrics and per trajectory reward, correct and signals."
-    golds = [_parse(gold) for _, _, gold in questions]
-    for (name, _, gold), value in zip(questions, golds):
-        if value is None: raise ValueError(f"question {name!r}: the gold answer {gold!r} is no number")
+    golds = [_gold(name, gold) for name, _, gold in questions]
     s = _read_sets([(name, trajectories) for name, trajectories, _ in questions])
     tokens = np.zeros(s.present.shape)
     for q, (name, trajectories, _) in enumerate(questions): tokens[q, :len(trajectories)] = _column(trajectories, "num_tokens", name)

@@ -22,6 +22,9 @@ from .records import Phase, RecordError, existing, read_json, read_records, requ
 from .training import RowSettings
 
 # %% ../nbs/01_sft.ipynb #a551946a
+from . import ranges
+from .data import check_source
+
 @dataclass
 class SFTSettings(RowSettings):
     "Parameters of phase 1; raises `SettingsError` on a value out of range."
@@ -36,11 +39,16 @@ class SFTSettings(RowSettings):
     dropout: float
     packing: bool
 
+    ALLOWED = RowSettings.ALLOWED | {
+        "limit": ranges.COUNT, "marks": ("strip", "keep"), "targets": ("human", "self", "mixed"),
+        "own_cap": ranges.SIZE, "rank": ranges.Range(1, 1024), "alpha": ranges.Range(1, 100_000),
+        "dropout": ranges.SHARE}
+
     def __post_init__(self):
         super().__post_init__()
-        require(self.targets in ("human", "self", "mixed"), f"targets must be human, self or mixed, got {self.targets!r}")
-        require(self.targets == "human" or self.rollouts, f"targets {self.targets} are taken from rollouts: name a file of rollout records in rollouts")
-        require(self.own_cap >= 1 and self.limit >= 0, f"own_cap must be at least 1 and limit 0 or more, got {self.own_cap} and {self.limit}")
+        if self.targets != "self": check_source("train", self.train)
+        require(self.targets == "human" or self.rollouts, f"targets {self.targets} are taken from rollouts: "
+                                                          f"name a file of rollout records in rollouts")
 
     @property
     def folder(self) -> Path: return run_folder(self.run)/"01_sft"

@@ -5,6 +5,7 @@ import datasets
 import pytest
 from hypothesis import given, strategies as st
 
+from looper_math import data
 from looper_math.answers import extract_answer, parse_answer
 from looper_math.prompts import build_prompt
 from looper_math.data import (DataError, check_disjoint, load_questions, question_id, sft_target,
@@ -54,6 +55,12 @@ def test_missing_file_names_the_nearest(tmp_path):
     with pytest.raises(DataError, match="Did you mean .*train.jsonl"): load_questions(tmp_path/"trian.jsonl")
     with pytest.raises(DataError, match="a folder.*has train.jsonl"): load_questions(tmp_path)
     with pytest.raises(DataError, match="no folder"): load_questions(tmp_path/"nowhere"/"train.jsonl")
+
+
+@pytest.fixture(autouse=True)
+def without_fetched_files(monkeypatch):
+    "What `looper data` left under data/ is tested in test_fetch.py."
+    monkeypatch.setattr(data, "FETCHED", {})
 
 
 def test_unknown_name_never_asks_the_network(monkeypatch):

@@ -1,4 +1,5 @@
 "The runner and the launcher, on a project of three tiny phases in a temporary folder."
+import errno
 import json
 import os
 import shutil
@@ -6,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 
 import nbformat
@@ -154,6 +156,18 @@ REFUSED = {
     "the folder of another recipe": (["run", "other", "--run", "tiny"], "holds a run of recipe 'tiny', not 'other': give another --run NAME, or delete that folder"),
     "other parameters": (["run", "tiny", "-p", "05.seed=8"], "was made with other parameters (seed was 7, now 8)"),
     "other parameters outside --to": (["run", "tiny", "--to", "01", "-p", "05.seed=8"], "was made with other parameters"),
+    "a recipe that is a path": (["run", "../x"], "there is no recipe '../x'"),
+    "a name that is too long": (["run", "tiny", "--run", "r" * 256], "run must be a name of at most 255 bytes"),
+    "a longer one in bytes": (["run", "tiny", "--run", "é" * 128], "run must be a name of at most 255 bytes, got 256"),
+    "half a surrogate pair as a name": (["run", "tiny", "--run", "\ud800"], "run must be a name of letters"),
+    "octal": (["run", "tiny", "-p", "count=010"], "-p count=010: 010 is octal in YAML, 8; write the number without 0"),
+    "sexagesimal": (["run", "tiny", "-p", "count=1:30"], "-p count=1:30: 1:30 is to base 60 in YAML, 90"),
+    "sexagesimal in a list": (["run", "tiny", "-p", "sizes=[1, 1:30]"], "1:30 is to base 60 in YAML, 90"),
+    "not a number": (["run", "tiny", "-p", "scale=nan"], "scale must be a finite number, got nan"),
+    "infinite": (["run", "tiny", "-p", "scale=-inf"], "scale must be a finite number, got -inf"),
+    "infinite in a list": (["run", "tiny", "-p", "sizes=[1, .inf]"], ".inf is no finite number"),
+    "too large for a float": (["run", "tiny", "-p", "scale=1e400"], "scale must be a finite number, got inf"),
+    "no YAML": (["run", "tiny", "-p", "sizes=[1"], "-p sizes=[1: this is no YAML"),
 }
 
 
@@ -180,14 +194,80 @@ def test_refused_before_anything_is_written(done, case, capsys):
         ("phases", "[01_numbers, 04_dpo]", "no phase '04_dpo'"),
         ("phases", "[01_numbers, 03_preferences, 01_numbers]", "01_numbers is there twice"),
         ("phases", "[]", "expected a list of notebook names"),
+        ("phases", "", "nbs/recipes/tiny/phases.yaml: expected a list of notebook names"),
+        ("phases", "- 01_numbers: x", "no phase {'01_numbers': 'x'}"),
+        ("phases", "- 01_numbers\n- [", "nbs/recipes/tiny/phases.yaml, line 2: this is no YAML"),
+        ("phases", b"\xff\xfe-\x00 \x001\x00", "nbs/recipes/tiny/phases.yaml, line 1: not UTF-8"),
+        ("01_numbers", "count: 3\nscale: 2\ncount: 4", "01_numbers.yaml, line 3: 'count' stands in line 1 already"),
+        ("01_numbers", 'count: 3\n"count": 4', "01_numbers.yaml, line 2: 'count' stands in line 1 already"),
+        ("01_numbers", "sizes: [{a: 1, a: 2}]", "'a' stands in line 1 already"),
+        ("01_numbers", "scale: 2.0\ncount: 010", "nbs/recipes/tiny/01_numbers.yaml, line 2: 010 is octal in YAML, 8"),
+        ("01_numbers", "count: 1:30", "line 1: 1:30 is to base 60 in YAML, 90"),
+        ("01_numbers", "scale: 1:30.5", "line 1: 1:30.5 is to base 60 in YAML, 90.5"),
+        ("01_numbers", "scale: .inf", "line 1: .inf is no finite number"),
+        ("01_numbers", "scale: .NaN", "line 1: .NaN is no finite number"),
+        ("01_numbers", "scale: 1" + "0" * 400, "scale must be a finite number"),
+        ("01_numbers", "count: 1" + "0" * 5000, "this cannot be read"),
+        ("01_numbers", "note: no", "note must be str, got bool False; YAML reads no, off and false as False"),
+        ("01_numbers", "note: on", "note must be str, got bool True; YAML reads yes, on and true as True"),
+        ("01_numbers", "note: 12", "note must be str, got int 12; put the text in quotes"),
+        ("01_numbers", "note:", 'note must be str, got NoneType None; put the text in quotes, "" where it is empty'),
+        ("01_numbers", "[" * 5000, "this cannot be read"),
+        ("01_numbers", "a: 1\n---\nb: 2", "line 2: this is no YAML"),
+        ("01_numbers", "count: 3\nnote: \x07", "line 2: this is no YAML (character 0x7 may not stand in it)"),
+        ("01_numbers", "count: 3\n".encode("utf-16"), "line 1: not UTF-8 (byte 0 is 0xff); save the file as UTF-8"),
+        ("01_numbers", "count: 3\n".encode("utf-16-le"), "01_numbers.yaml, line 1: this is no YAML (character 0x0"),
+        ("01_numbers", b"count: 3\n\x89PNG\r\n", "01_numbers.yaml, line 2: not UTF-8 (byte 9 is 0x89)"),
+        ("01_numbers", "just words", "01_numbers.yaml, line 1: expected lines of the form"),
+        ("01_numbers", "!!python/object/apply:os.system [ls]", "line 1: this is no YAML"),
     ],
 )
 def test_a_bad_recipe_is_refused_and_named(fresh, name, text, message):
-    (fresh / f"nbs/recipes/tiny/{name}.yaml").write_text(text)
+    (fresh / f"nbs/recipes/tiny/{name}.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
     before = files(fresh)
     with pytest.raises((Refused, SettingsError)) as e:
         run_recipe("tiny", root=fresh)
-    assert message in str(e.value) and files(fresh) == before
+    assert message in str(e.value) and "\n" not in str(e.value) and files(fresh) == before
+
+
+def test_what_yaml_may_say(fresh):
+    "A byte order mark, comments, dates, quoted words, other number formats, and merged keys."
+    (fresh / "nbs/recipes/tiny/common.yaml").write_text("\ufeff# nothing but this\n")
+    (fresh / "nbs/recipes/tiny/01_numbers.yaml").write_text(
+        "x: &x {a: 1}\ncount: 0x10\nscale: 1_0.5\nnote: 2024-05-01\ntwice: yes\nsizes: ['010', {<<: *x, b: 2}]\n"
+    )
+    phases = runs.phases_of(fresh, "tiny")
+    got = {o.name: o.value for o in runs.read_recipe(fresh, "tiny", phases) if o.name != "x"}
+    assert got == {"count": 16, "scale": 10.5, "note": "2024-05-01", "twice": True, "sizes": ["010", {"a": 1, "b": 2}]}
+
+
+def test_files_beside_a_recipe(fresh):
+    "A file that would be passed over is refused; notes, folders, hidden files and links to files are in order."
+    recipe = fresh / "nbs/recipes/tiny"
+    (recipe / "README.md").write_text("why")
+    (recipe / "older").mkdir()
+    (recipe / ".common.yaml.swp").write_text("x")
+    (fresh / "shared.yaml").write_text("count: 7\n")
+    (recipe / "01_numbers.yaml").symlink_to("../../../shared.yaml")
+    (fresh / "nbs/recipes/.hidden").mkdir()
+    (fresh / "nbs/recipes/linked").symlink_to("tiny")
+    assert runs.recipes(fresh) == ["linked", "other", "tiny"]
+    phases = runs.phases_of(fresh, "linked")
+    assert [o.value for o in runs.read_recipe(fresh, "linked", phases)] == [7]
+    for make, message in (
+        (lambda p: p.with_suffix(".yml").write_text("seed: 1"), "03_preferences.yml: a recipe's files end in .yaml"),
+        (lambda p: p.with_suffix(".YAML").write_text("seed: 1"), "03_preferences.YAML: a recipe's files end in .yaml"),
+        (lambda p: p.mkdir(), "03_preferences.yaml is a folder; expected a YAML file"),
+        (lambda p: p.symlink_to("nowhere"), "03_preferences.yaml is a link to nothing"),
+        (lambda p: (p.parent / "phases.yaml").symlink_to("nowhere"), "phases.yaml is a link to nothing"),
+    ):
+        here = set(recipe.iterdir())
+        make(recipe / "03_preferences.yaml")
+        with pytest.raises(Refused) as e:
+            run_recipe("tiny", root=fresh)
+        assert message in str(e.value)
+        for path in set(recipe.iterdir()) - here:
+            path.rmdir() if path.is_dir() else path.unlink()
 
 
 def test_where_values_come_from(fresh):
@@ -265,17 +345,41 @@ def test_a_dead_kernel_is_reported(fresh):
         run_recipe("tiny", last="03", flags=("break_at=kernel",), root=fresh)
 
 
-def start_runner(root):
-    "A runner in a process of its own, returned when phase 3 is in the middle of its work."
-    code = f"from pathlib import Path; from looper_math.runs import looper; looper(['run', 'tiny', '-p', 'wait=1.0'], Path({str(root)!r}))"
-    p = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    pairs = root / "outputs/tiny/03_preferences/pairs.jsonl"
-    for _ in range(600):
-        if pairs.exists() and pairs.stat().st_size:
-            return p
+def popen(root, *flags, stderr=subprocess.STDOUT, token=""):
+    "A runner of the recipe tiny in a process group of its own, with a token in the environment of all that it starts."
+    code = "import pathlib, sys; from looper_math.runs import looper; looper(sys.argv[2:], pathlib.Path(sys.argv[1]))"
+    call = [sys.executable, "-c", code, str(root), "run", "tiny", *flags]
+    return subprocess.Popen(call, stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True,
+                            env=os.environ | {"RUNNER_OF_THE_TEST": token})
+
+
+def start_runner(root, token=""):
+    "A runner that is in the middle of the work of phase 3."
+    p = popen(root, "-p", "wait=1.0", token=token)
+    wait_for(p, root / "outputs/tiny/03_preferences/pairs.jsonl")
+    return p
+
+
+def wait_for(p, path):
+    "Until a file holds something."
+    for _ in range(1200):
+        if path.exists() and path.stat().st_size:
+            return
         time.sleep(0.05)
     p.kill()
     raise AssertionError(p.communicate()[0])
+
+
+def processes_with(token):
+    "Processes whose environment holds a token, however they were started."
+    left = []
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if token.encode() in environ.read_bytes():
+                left.append(environ.with_name("cmdline").read_text())
+        except OSError: # ended meanwhile
+            continue
+    return left
 
 
 def test_two_runners_and_a_kill(fresh, capsys):
@@ -289,12 +393,162 @@ def test_two_runners_and_a_kill(fresh, capsys):
     assert capsys.readouterr().out.count("done before") == 1 and summary(fresh)["pairs"]["correctness"] == 5
 
 
+def interrupt(p):
+    "Ctrl-C: SIGINT to the process group. The sentence that says so, and all that was printed; within three seconds."
+    start, printed = time.time(), []
+    os.killpg(p.pid, signal.SIGINT)
+    while not printed or "looper: " not in printed[-1]:
+        printed.append(p.stdout.readline())
+        assert printed[-1], f"ended without a word: {printed}"
+    assert time.time() - start < 3
+    return printed[-1].strip(), "".join(printed) + p.communicate(timeout=30)[0]
+
+
 def test_control_c(fresh):
-    p = start_runner(fresh)
-    os.kill(p.pid, signal.SIGINT)
-    out = p.communicate(timeout=30)[0]
-    assert p.returncode == 130 and "the same command goes on from here" in out and "Traceback" not in out
+    token = uuid.uuid4().hex
+    p = start_runner(fresh, token)
+    assert len(processes_with(token)) >= 2 # the runner and its kernel
+    sentence, out = interrupt(p)
+    assert sentence == "looper: stopped; nothing of 03_preferences is kept; the same command goes on from here."
+    assert p.returncode == 130 and "Traceback" not in out
     assert not (fresh / "outputs/tiny/03_preferences/manifest.json").exists()
+    assert not processes_with(token)
+
+
+def test_control_c_while_workers_train(fresh):
+    "Two processes of torchrun, each in a session of its own, end as well."
+    body = f"""
+import os, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+os.environ["PYTHONPATH"] = {str(Path(__file__).parent)!r} + os.pathsep + os.environ.get("PYTHONPATH", "")
+import tiny_phase
+from looper_math import runs
+runs.launch("tiny_phase", tiny_phase.Settings(str(phase.folder), wait=60.), n_gpu=2)"""
+    write_phase(fresh, "01_numbers", *PHASES["01_numbers"][:2], "{}", body)
+    token = uuid.uuid4().hex
+    p = popen(fresh, token=token)
+    for rank in (0, 1):
+        wait_for(p, fresh / f"outputs/tiny/01_numbers/waiting{rank}")
+    assert len(processes_with(token)) >= 5 # runner, kernel, torchrun, two workers
+    sentence, out = interrupt(p)
+    assert p.returncode == 130 and "stopped; nothing of 01_numbers is kept" in sentence and "Traceback" not in out
+    assert not processes_with(token)
+
+
+def test_what_is_kept_of_an_evaluation(tmp_path):
+    "Whole lines of final, gathered and unfinished files; a line that was cut off does not count."
+    folder = tmp_path / "05_eval"
+    folder.mkdir()
+    assert runs.kept(folder) == "nothing of 05_eval is kept"
+    written = {"test-sft.jsonl": 700, "test-dpo.part": 300, "test-dpo.shard-0": 4, "hard-dpo-samples.shard-1": 1}
+    for name, lines in written.items():
+        (folder / name).write_text("{}\n" * lines + '{"cut')
+    assert runs.kept(folder) == "1,005 answers are kept"
+
+
+def test_a_closed_pipe(fresh):
+    "`looper run tiny | head -1`: one sentence where there would be a traceback."
+    p = popen(fresh, stderr=subprocess.PIPE)
+    assert "[1/3] 01_numbers" in p.stdout.readline()
+    p.stdout.close()
+    err = p.stderr.read()
+    assert p.wait(60) == 141 and "nothing reads this output any more" in err
+    assert "Traceback" not in err and "Exception" not in err
+    assert (fresh / "outputs/tiny/01_numbers/manifest.json").exists()
+    assert not (fresh / "outputs/tiny/03_preferences").exists()
+
+
+def test_braces_in_the_projects_path(tmp_path, capsys):
+    "papermill fills in {names} in paths."
+    root = make_project(tmp_path.resolve() / "a {b} c{}d{0}")
+    looper(["run", "tiny"], root)
+    assert summary(root)["models"]["dpo"]["correct"] == 65 and (root / "outputs/tiny/03_preferences.html").exists()
+    looper(["run", "tiny"], root)
+    assert capsys.readouterr().out.count("done before") == 3
+
+
+@pytest.mark.parametrize("place", ["outputs", "outputs/tiny"])
+def test_outputs_that_cannot_be_written_to(fresh, place, capsys):
+    (fresh / place).parent.mkdir(exist_ok=True)
+    (fresh / place).write_text("a file where a folder should be")
+    before = files(fresh)
+    with pytest.raises(SystemExit) as stop:
+        looper(["run", "tiny"], fresh)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and "outputs/tiny cannot be written to" in err and files(fresh) == before
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_outputs_that_are_read_only(fresh, capsys):
+    (fresh / "outputs/tiny").mkdir(parents=True)
+    (fresh / "outputs/tiny").chmod(0o500)
+    with pytest.raises(SystemExit) as stop:
+        looper(["run", "tiny"], fresh)
+    assert stop.value.code == 2 and "outputs/tiny cannot be written to (Permission denied)" in capsys.readouterr().err
+
+
+def test_a_disk_that_fills_up(fresh, capsys, monkeypatch):
+    def full(path, value):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(runs, "write_json", full)
+    with pytest.raises(SystemExit) as stop:
+        looper(["run", "tiny"], fresh)
+    err = capsys.readouterr().err
+    assert stop.value.code == 1 and "run.json: No space left on device; when the cause is mended" in err
+
+
+@pytest.mark.parametrize("text", ['{"recipe": "ti', "[]", "{}", ""])
+def test_a_damaged_run_file(done, tmp_path, text, capsys):
+    "It is named, with the way out: without it the finished notebooks run once more, and find their phases done."
+    root = tmp_path.resolve() / "copy"
+    shutil.copytree(done, root)
+    (root / "outputs/tiny/run.json").write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        looper(["run", "tiny"], root)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and "outputs/tiny/run.json is damaged" in err and "delete it" in err
+
+
+def test_an_evaluation_is_done_when_it_covers_the_models(tmp_path):
+    "With another model it goes on; a name that means another model now is refused."
+    before = {"models": {"base": "", "sft": "01_sft/adapter"}, "comparisons": [["base", "sft"]], "seed": 0}
+    more = before | {"models": before["models"] | {"dpo": "04_dpo/adapter"}, "comparisons": [["base", "dpo"]]}
+    (tmp_path / "05_eval").mkdir()
+    for name in ("manifest", "started"):
+        (tmp_path / f"05_eval/{name}.json").write_text(json.dumps({"parameters": before}))
+    (tmp_path / "run.json").write_text(json.dumps({"recipe": "x", "parameters": {}, "seconds": {"05_eval": 1}}))
+    assert runs.is_done(tmp_path, "05_eval") and runs.is_done(tmp_path, "05_eval", before)
+    assert runs.is_done(tmp_path, "05_eval", before | {"models": {"sft": "01_sft/adapter"}, "comparisons": []})
+    assert not runs.is_done(tmp_path, "05_eval", more)
+    assert not runs.is_done(tmp_path, "05_eval", before | {"comparisons": [["sft", "base"]]})
+    runs.check_folder(tmp_path, "x", {"05_eval": more})
+    with pytest.raises(RunConflict, match="models.sft was '01_sft/adapter', now '04_dpo/adapter'"):
+        runs.check_folder(tmp_path, "x", {"05_eval": before | {"models": {"sft": "04_dpo/adapter"}}})
+    with pytest.raises(RunConflict, match="seed was 0, now 1"):
+        runs.check_folder(tmp_path, "x", {"05_eval": more | {"seed": 1}})
+
+
+def test_outputs_of_a_finished_phase_are_verified(done, monkeypatch, capsys):
+    "Those of the phases of this call, and those of the earlier ones that they read."
+    looked_at = []
+    monkeypatch.setattr(runs, "_verify", lambda folder: looked_at.append(folder.name))
+    run_recipe("tiny", root=done)
+    assert looked_at == list(PHASES)
+    looked_at.clear()
+    run_recipe("tiny", first="05", root=done)
+    assert looked_at == list(PHASES)
+
+    def changed(folder):
+        if folder.name == "03_preferences":
+            raise RunConflict("outputs/tiny/03_preferences/pairs.jsonl has changed since it was made")
+
+    monkeypatch.setattr(runs, "_verify", changed)
+    for flags in ([], ["--from", "05"]):
+        before = files(done)
+        with pytest.raises(SystemExit) as stop:
+            looper(["run", "tiny", *flags], done)
+        assert stop.value.code == 2 and "pairs.jsonl has changed" in capsys.readouterr().err and files(done) == before
 
 
 def test_changed_input_of_a_finished_phase(done, tmp_path):

@@ -1,4 +1,5 @@
 "A phase of a few lines, for the launcher's tests: two processes add up their ranks."
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +13,15 @@ from looper_math.runs import worker
 class Settings:
     folder: str  # where each rank leaves a file
     fail: bool = False  # whether rank 1 should break
+    wait: float = 0.0  # seconds of work
 
 
 def main(settings):
     dist.init_process_group("gloo")
     total = torch.tensor([float(dist.get_rank() + 1)])
     dist.all_reduce(total)
+    (Path(settings.folder) / f"waiting{dist.get_rank()}").write_text("at work")
+    time.sleep(settings.wait)
     if settings.fail and dist.get_rank() == 1:
         raise ValueError("rank 1 broke")
     (Path(settings.folder) / f"rank{dist.get_rank()}").write_text(str(total.item()))

@@ -1,0 +1,380 @@
+"What each parameter of each phase may be: the settings classes, and the runner that builds them before it starts."
+import dataclasses
+import importlib
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from conftest import small
+from looper_math import runs
+from looper_math.records import ROOT, SettingsError, settings
+
+INF, NAN = math.inf, math.nan
+
+
+def built(phase, **changes):
+    "The settings of a phase: its notebook's defaults, then `changes`."
+    module, name = runs.SETTINGS[phase]
+    parameters = small(phase) | {"run": "settings"} | changes
+    return settings(getattr(importlib.import_module(f"looper_math.{module}"), name), parameters)
+
+
+# (phases, parameter, bad value, what the sentence says). A phase is named by its number.
+BAD = [
+    # every phase
+    ("12456", "run", "", "run must be"),
+    ("12456", "run", "a/b", "run must be"),
+    ("12456", "run", "r" * 256, "run must be a name of at most 255 bytes, got 256"),
+    ("12456", "run", 7, "run must be"),
+    ("12456", "base", "", "base must be a folder of the project"),
+    ("12456", "base", "  ", "base must be a folder of the project"),
+    ("12456", "base", "~nobody-here/base", "base: '~nobody-here/base' begins with ~nobody-here"),
+    ("12456", "base", "no such model!", "base must be a folder of the project"),
+    ("12456", "base", "a/b/c", "base must be a folder of the project"),
+    ("12456", "template", "", "has no {question}"),
+    ("12456", "template", "Solve.", "has no {question}"),
+    ("12456", "template", "{question} {instructon}", "did you mean {instruction}"),
+    ("12456", "template", "chat", "has no chat template"),
+    ("12456", "dtype", "float64", "dtype must be auto"),
+    ("12456", "n_gpu", -1, "n_gpu must be at least 0"),
+    ("12456", "n_gpu", 10**6, "n_gpu must be at least 0 and at most 1,024"),
+    ("12456", "n_gpu", "8", "n_gpu must be int"),
+    ("12456", "max_new_tokens", 0, "max_new_tokens must be at least 1"),
+    ("12456", "max_new_tokens", 10**9, "max_new_tokens must be at least 1 and at most 1,000,000"),
+    ("12456", "batch_size", 0, "batch_size must be at least 1"),
+    ("12456", "batch_size", -32, "batch_size must be at least 1"),
+    ("12456", "batch_size", 1.5, "batch_size must be int"),
+    ("1256", "limit", -1, "limit must be at least 0"),
+    ("1256", "limit", True, "limit must be int"),
+    # the trainings
+    ("146", "learning_rate", 0.0, "learning_rate must be above 0"),
+    ("146", "learning_rate", -1e-4, "learning_rate must be above 0"),
+    ("146", "learning_rate", 50.0, "learning_rate must be above 0 and at most 1"),
+    ("146", "learning_rate", INF, "learning_rate must be finite"),
+    ("146", "learning_rate", NAN, "learning_rate must be finite"),
+    ("146", "learning_rate", "1e-4", "learning_rate must be float"),
+    ("146", "epochs", 0, "epochs must be at least 1"),
+    ("146", "epochs", 10**6, "epochs must be at least 1 and at most 1,000"),
+    ("146", "accumulation", 0, "accumulation must be at least 1"),
+    ("146", "warmup", -0.1, "warmup must be at least 0"),
+    ("146", "warmup", 1.0, "warmup must be at least 0 and below 1"),
+    ("146", "warmup", NAN, "warmup must be finite"),
+    ("146", "scheduler", "cosin", "scheduler must be linear, cosine"),
+    ("146", "scheduler", "reduce_lr_on_plateau", "scheduler must be linear, cosine"),
+    ("146", "scheduler", "", "scheduler must be linear, cosine"),
+    ("146", "seed", -1, "seed must be at least 0"),
+    ("146", "seed", 2**32, "seed must be at least 0 and at most 4,294,967,295"),
+    ("146", "keep", "first", "keep must be last or best"),
+    ("146", "dev", "data/no-such-dev.jsonl", "dev: "),
+    ("146", "dev", "openai/gsm8k:trian[7000:]", "dev: openai/gsm8k: no split"),
+    ("146", "dev", "openai/gsm8k:train[7000", "is no split"),
+    ("146", "dev_limit", -5, "dev_limit must be at least 0"),
+    ("146", "mixed_precision", "half", "mixed_precision must be auto, no, bf16 or fp16"),
+    ("146", "report_to", "wandbb", "report_to must be none, trackio"),
+    ("146", "report_to", "wandb", "report_to needs the package wandb"),
+    ("146", "load_in_4bit", "yes", "load_in_4bit must be bool"),
+    ("146", "gradient_checkpointing", 1, "gradient_checkpointing must be bool"),
+    ("146", "accelerate_config", "nbs/accelerate/fsdp-9.yaml", "there is no"),
+    ("146", "accelerate_config", "~nobody-here/fsdp.yaml", "begins with ~nobody-here"),
+    ("14", "max_length", 0, "max_length must be at least 1"),
+    ("14", "max_length", 10**9, "max_length must be at least 1 and at most 1,000,000"),
+    # 01
+    ("1", "train", "", "train: "),
+    ("1", "train", "data/pocket/trian.jsonl", "train: "),
+    ("1", "train", "openai/gsm8k_main", "did you mean 'openai/gsm8k'"),
+    ("1", "marks", "drop", "marks must be strip or keep"),
+    ("1", "targets", "humans", "targets must be human, self or mixed"),
+    ("1", "targets", "self", "name a file of rollout records"),
+    ("1", "own_cap", 0, "own_cap must be at least 1"),
+    ("1", "rank", 0, "rank must be at least 1"),
+    ("1", "rank", 10**5, "rank must be at least 1 and at most 1,024"),
+    ("1", "alpha", 0, "alpha must be at least 1"),
+    ("1", "alpha", -32, "alpha must be at least 1"),
+    ("1", "dropout", -1.0, "dropout must be at least 0"),
+    ("1", "dropout", 1.0, "dropout must be at least 0 and below 1"),
+    ("1", "dropout", NAN, "dropout must be finite"),
+    ("1", "rollouts", "~nobody-here/r.jsonl", "rollouts: '~nobody-here/r.jsonl'"),
+    # 02
+    ("2", "questions", "gsm8k", "questions: 'gsm8k': neither a file nor"),
+    ("2", "arm_set", "platinum-12", "arm_set must be platinum-11"),
+    ("2", "arm_set", "", "arm_set must be platinum-11"),
+    ("2", "preset", "leave-one-in", "unknown preset 'leave-one-in'; did you mean 'leave-one-out'"),
+    ("2", "engine", "vlm", "engine must be auto, transformers or vllm"),
+    ("2", "chunk", 0, "chunk must be at least 1"),
+    ("2", "import_from", "data/no-such-rollouts.jsonl", "import_from: there is no file"),
+    ("2", "adapter", "~nobody-here/adapter", "adapter: '~nobody-here/adapter'"),
+    # 03, whose cells are checked by its own settings
+    ("3", "policy", "alll", "policy must be one of all, capped"),
+    ("3", "prompt", "canonic", "prompt must be one of canonical, arm"),
+    ("3", "pairing", "some", "pairing must be one of any, same-prompt"),
+    ("3", "pair_types", "none", "pair_types must be one of both"),
+    ("3", "cap", 0, "cap must be at least 1"),
+    ("3", "threshold", -0.01, "threshold must be"),
+    ("3", "preset", "platinum11", "unknown preset 'platinum11'"),
+    # 04
+    ("4", "beta", 0.0, "beta must be above 0"),
+    ("4", "beta", -1.0, "beta must be above 0"),
+    ("4", "beta", 1e6, "beta must be above 0 and at most 1,000"),
+    ("4", "beta", INF, "beta must be finite"),
+    ("4", "loss", "dop", "loss must be sigmoid, sigmoid_norm"),
+    ("4", "nll_weight", -1.0, "nll_weight must be at least 0"),
+    ("4", "nll_weight", NAN, "nll_weight must be finite"),
+    ("4", "label_smoothing", 0.5, "label_smoothing must be at least 0 and below 0.5"),
+    ("4", "label_smoothing", 0.1, "label_smoothing works with the loss robust"),
+    ("4", "min_pairs", 0, "min_pairs must be at least 1"),
+    ("4", "control_cap", 0, "control_cap must be at least 1"),
+    ("4", "control_learning_rate", NAN, "control_learning_rate must be finite"),
+    ("4", "control_learning_rate", 3.0, "control_learning_rate must be above 0 and at most 1"),
+    ("4", "control_arms", ["wolfram_0", "wolfram_0"], "control_arms names 'wolfram_0' twice"),
+    ("4", "control_arms", [3], "control_arms must be a list of texts"),
+    ("4", "control_arms", "wolfram_0", "control_arms must be list"),
+    ("4", "adapter", "none", "adapter must be a folder"),
+    ("4", "pairs", "~nobody-here/pairs.jsonl", "pairs: '~nobody-here/pairs.jsonl'"),
+    ("4", "rollouts", "~nobody-here/r.jsonl", "rollouts: '~nobody-here/r.jsonl'"),
+    ("4", "control", None, "control must be bool"),
+    # 05
+    ("5", "models", {}, "models must map"),
+    ("5", "models", {"a/b": ""}, "models must map"),
+    ("5", "models", {"": ""}, "models must map"),
+    ("5", "models", {"m" * 65: ""}, "models must map"),
+    ("5", "models", {"base": None}, "models must map"),
+    ("5", "models", {False: ""}, "models must map"),
+    ("5", "models", {"base": "~nobody-here/x"}, "models.base: '~nobody-here/x'"),
+    ("5", "models", {"base": "no such model!"}, "models.base must be a folder"),
+    ("5", "comparisons", [["sft", "sft"]], "compares a model with itself"),
+    ("5", "comparisons", [["sft", "dpo"], ["sft", "dpo"]], "stands there twice"),
+    ("5", "comparisons", [["sft", "dop"]], "a comparison is a pair"),
+    ("5", "comparisons", [["sft"]], "a comparison is a pair"),
+    ("5", "comparisons", ["sft"], "a comparison is a pair"),
+    ("5", "comparisons", [[["sft"], "dpo"]], "a comparison is a pair"),
+    ("5", "questions", "", "questions: "),
+    ("5", "questions", "data/pocket/hard.jsonl", "harder must be another set than questions"),
+    ("5", "harder", "data/pocket/harder.jsonl", "harder: "),
+    ("5", "train", "data/pocket/trian.jsonl", "train: "),
+    ("5", "practice", "madrylab/gsm8k-platinum:train", "practice: madrylab/gsm8k-platinum: no split"),
+    ("5", "styles", [], "styles must be some of"),
+    ("5", "styles", ["trainin"], "styles may hold training, native"),
+    ("5", "styles", ["training", "training"], "styles names 'training' twice"),
+    ("5", "styles", [["training"]], "styles must be a list of texts"),
+    ("5", "styles", [True], "styles must be a list of texts"),
+    ("5", "styles", ["native"], "style native needs a native_template"),
+    ("5", "samples", -1, "samples must be at least 0"),
+    ("5", "samples", 10**6, "samples must be at least 0 and at most 1,000"),
+    ("5", "arm_set", "guide", "arm_set must be "),
+    ("5", "sampled_models", -1, "sampled_models must be at least 0"),
+    ("5", "sampled_questions", -1, "sampled_questions must be at least 0"),
+    ("5", "seed", -1, "seed must be at least 0"),
+    ("5", "chunk", -1024, "chunk must be at least 1"),
+    ("5", "engine", "", "engine must be auto, transformers or vllm"),
+    ("56", "temperature", 0.0, "temperature must be at least 0.01"),
+    ("56", "temperature", -0.7, "temperature must be at least 0.01"),
+    ("56", "temperature", 1e-300, "temperature must be at least 0.01"),
+    ("56", "temperature", 100.0, "temperature must be at least 0.01 and at most 10"),
+    ("56", "temperature", NAN, "temperature must be finite"),
+    ("5", "top_p", 0.0, "top_p must be above 0"),
+    ("5", "top_p", 1.5, "top_p must be above 0 and at most 1"),
+    ("5", "top_p", NAN, "top_p must be finite"),
+    # 06
+    ("6", "algorithm", "reinforce", "algorithm must be grpo or ppo"),
+    ("6", "arm_set", "guide-9", "arm_set must be "),
+    ("6", "prompt", "canon", "prompt must be canonical or arm"),
+    ("6", "preset", "guide", "unknown preset 'guide'"),
+    ("6", "scale_rewards", "std", "scale_rewards must be group, batch or none"),
+    ("6", "questions", "data/none.jsonl", "questions: "),
+    ("6", "weights", {"corect": 1.0}, "no weight 'corect'"),
+    ("6", "weights", {"correct": NAN}, "weights must be finite"),
+    ("6", "weights", {"correct": INF}, "weights must be finite"),
+    ("6", "weights", {"correct": "much"}, "weights: correct must be a number"),
+    ("6", "weights", {"correct": True}, "weights: correct must be a number"),
+    ("6", "weights", {"correct": 1e6}, "weights: correct must be a number, at least -1,000"),
+    ("6", "weights", {"free_tokens": -1}, "weights: free_tokens must be a number"),
+    ("6", "weights", {"free_tokens": 512.5}, "weights: free_tokens must be a number"),
+    ("6", "beta", -0.01, "beta must be at least 0"),
+    ("6", "beta", INF, "beta must be finite"),
+    ("6", "clip", 0.0, "clip must be above 0"),
+    ("6", "clip", 2.0, "clip must be above 0 and at most 1"),
+    ("6", "clip", NAN, "clip must be finite"),
+    ("6", "iterations", 0, "iterations must be at least 1"),
+    ("6", "lam", 1.1, "lam must be at least 0 and at most 1"),
+    ("6", "lam", NAN, "lam must be finite"),
+    ("6", "value_weight", -1.0, "value_weight must be at least 0"),
+    ("6", "value_learning_rate", 0.0, "value_learning_rate must be above 0"),
+    ("6", "save_every", 0, "save_every must be at least 1"),
+    ("6", "adapter", "none", "adapter must be a folder"),
+]
+NAMES = {name[1]: name for name in runs.SETTINGS}
+ROWS = [(NAMES[number], *row) for numbers, *row in BAD for number in numbers]
+
+
+@pytest.mark.parametrize("phase, parameter, value, message", ROWS, ids=lambda x: str(x)[:24])
+def test_a_bad_value_is_refused(phase, parameter, value, message):
+    with pytest.raises(SettingsError if parameter not in ("dtype", "preset") else ValueError) as e:
+        built(phase, **{parameter: value})
+    assert message in str(e.value) and "\n" not in str(e.value)
+
+
+def test_every_parameter_of_the_phases_has_a_bad_value():
+    "But for flags, whose wrong type the runner refuses, and what any text may be."
+    tried = {(phase, parameter) for phase, parameter, *_ in ROWS}
+    free = {"native_template"} # is checked with the style native, below
+    for phase in set(NAMES.values()) - {"03_preferences"}:
+        module, name = runs.SETTINGS[phase]
+        fields = dataclasses.fields(getattr(importlib.import_module(f"looper_math.{module}"), name))
+        untried = {f.name for f in fields if f.type is not bool} - {p for ph, p in tried if ph == phase} - free
+        assert not untried, (phase, untried)
+
+
+@pytest.mark.parametrize("template, message", [("Solve.", "has no {question}"), ("chat", "has no chat template")])
+def test_the_native_template_is_checked_where_it_is_used(template, message):
+    assert built("05_eval", native_template=template)
+    with pytest.raises(SettingsError, match=message):
+        built("05_eval", native_template=template, styles=["native"])
+
+
+GOOD = [
+    ("01_sft", {"learning_rate": 1.0, "dropout": 0.0, "warmup": 0.0, "rank": 1024}),
+    ("01_sft", {"train": "openai/gsm8k:train[:7000]", "dev": "openai/gsm8k:train[7000:]", "base": "GAIR/Abel-7B-002"}),
+    ("01_sft", {"scheduler": "inverse_sqrt", "keep": "best"}),
+    ("02_rollouts", {"adapter": "none", "limit": 0, "chunk": 1}),
+    ("04_dpo", {"control_arms": [], "label_smoothing": 0.1, "loss": "robust", "nll_weight": 0.0}),
+    ("05_eval", {"models": {"größe_2": ""}, "comparisons": [], "arm_set": "", "samples": 0, "harder": ""}),
+    ("05_eval", {"styles": ["native", "five-shot"], "native_template": "{question}"}),
+    ("05_eval", {"top_p": 1.0, "temperature": 10.0}),
+    ("06_online_rl", {"weights": {"free_tokens": 1024, "correct": 2}, "lam": 0.0, "beta": 0.0}),
+    ("06_online_rl", {"iterations": 2, "save_every": 4}),
+]
+
+
+@pytest.mark.parametrize("phase, changes", GOOD, ids=lambda x: str(x)[:24])
+def test_what_is_allowed_at_the_edges(phase, changes):
+    assert built(phase, **changes)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_half_precision_needs_a_gpu():
+    with pytest.raises(SettingsError, match="mixed_precision fp16 needs a GPU"):
+        built("01_sft", mixed_precision="fp16")
+
+
+BROKEN = [("num_processes: [", "is no YAML"), ("machines: 2", "expected a line"), ("\xff", "is no YAML")]
+
+
+@pytest.mark.parametrize("text, message", BROKEN)
+def test_a_broken_accelerate_file(tmp_path, text, message):
+    (tmp_path / "a.yaml").write_text(text, encoding="latin-1")
+    with pytest.raises(SettingsError) as e:
+        built("01_sft", accelerate_config=str(tmp_path / "a.yaml"))
+    assert message in str(e.value) and "a.yaml" in str(e.value) and "\n" not in str(e.value)
+
+
+def test_processes_need_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    runs.check_processes(2)
+    runs.check_processes(8, "nbs/accelerate/fsdp-8.yaml")
+    with pytest.raises(SettingsError, match="n_gpu must be at most 2, the GPUs of this host, got 8"):
+        runs.check_processes(8)
+    with pytest.raises(SettingsError, match="n_gpu must be at most 2"):
+        runs.launch("looper_math.sft", None, n_gpu=8)
+
+
+# --- the table of the runner
+
+
+@pytest.mark.parametrize("notebook", sorted((ROOT / "nbs").glob("0[1-9]_*.ipynb")), ids=lambda p: p.stem)
+def test_the_runner_has_the_settings_of_each_phase(notebook):
+    module, name = runs.SETTINGS[notebook.stem]
+    fields = {f.name for f in dataclasses.fields(getattr(importlib.import_module(f"looper_math.{module}"), name))}
+    assert fields == set(runs.parameters_of(notebook))
+
+
+@pytest.mark.parametrize("recipe", runs.recipes())
+def test_every_recipe_is_in_range(recipe):
+    "On a host with vLLM; where the base's chat template would have to be fetched, a layout stands in for it."
+    phases = runs.phases_of(ROOT, recipe)
+    values = runs.assign(runs.read_recipe(ROOT, recipe, phases), phases)
+    here = {"engine": "auto", "template": "{question}"}
+    for phase in phases:
+        changed = {n: v for n, v in here.items() if n in values[phase] and values[phase][n] in ("vllm", "chat")}
+        runs.build_settings(phase, values[phase] | changed | {"run": "settings"})
+    runs.check_across(list(phases), values)
+
+
+def test_the_command_line_does_not_wait_for_torch():
+    code = "import sys, looper_math.runs; sys.exit('torch' in sys.modules or 'datasets' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+# --- through the runner
+
+RUN = "pytest-settings"
+THROUGH = { # recipe and flag → what the sentence says
+    "smoke 05_eval.temperature=0": "05_eval: temperature must be at least 0.01 and at most 10, got 0.0",
+    "smoke 05_eval.batch_size=0": "05_eval: batch_size must be at least 1 and at most 1,000,000, got 0",
+    "smoke 04_dpo.loss=dop": "04_dpo: loss must be sigmoid, sigmoid_norm, ipo, hinge or robust, got 'dop'",
+    "smoke 04_dpo.beta=-1": "04_dpo: beta must be above 0 and at most 1,000, got -1.0",
+    "smoke 03_preferences.policy=alll": "03_preferences: policy must be one of all, capped",
+    "smoke 05_eval.styles=[trainin]": "05_eval: styles may hold training, native, five-shot, got 'trainin'",
+    "smoke 05_eval.engine=vllm": "05_eval: engine vllm is not installed",
+    "smoke 04_dpo.accelerate_config=nbs/none.yaml": "04_dpo.accelerate_config: there is no nbs/none.yaml",
+    "smoke 04_dpo.beta=inf": "-p 04_dpo.beta=inf: beta must be a finite number, got inf",
+    "smoke 02.arm_set=guide-8": "04_dpo.control_arms: 'wolfram_standard' is no arm of 02_rollouts.arm_set, guide-8",
+    "smoke 04_dpo.control=false": "there is no outputs/pytest-settings/04_dpo/control; 04_dpo.control is False",
+    "pocket-grpo models={dpo: 04_dpo/adapter}": "pytest-settings/04_dpo/adapter; this recipe does not run 04_dpo",
+    "pocket-grpo 06.adapter=outputs/none": "06_online_rl.adapter: there is no outputs/none",
+    "pocket-base adapter=": "there is no outputs/pytest-settings/01_sft/adapter; this recipe does not run 01_sft",
+}
+IN_A_PROCESS = ("smoke 05_eval.temperature=0", "smoke 05_eval.engine=vllm") # as it runs for its users, in seconds
+if importlib.util.find_spec("vllm"):
+    del THROUGH["smoke 05_eval.engine=vllm"]
+
+
+def build_here(run, todo, values):
+    "What `check_settings` does in another process, done in this one, which has torch already."
+    return {phase: runs.build_settings(phase, values[phase] | {"run": run}) for phase in todo}
+
+
+@pytest.mark.parametrize("case", THROUGH)
+def test_refused_before_the_first_phase(case, capfd, monkeypatch):
+    recipe, flag = case.split(" ", 1)
+    if case not in IN_A_PROCESS:
+        monkeypatch.setattr(runs, "check_settings", build_here)
+    with pytest.raises(SystemExit) as stop:
+        runs.looper(["run", recipe, "--run", RUN, "-p", flag])
+    err = capfd.readouterr().err
+    assert stop.value.code == 2 and THROUGH[case] in err and "Traceback" not in err
+    assert not (ROOT / "outputs" / RUN).exists()
+
+
+def test_papermill_says_the_same(tmp_path):
+    call = [sys.executable, "-m", "papermill", "--no-progress-bar", "nbs/05_eval.ipynb", str(tmp_path / "out.ipynb"),
+            "-p", "run", RUN, "-p", "temperature", "0.0"]
+    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode and "temperature must be at least 0.01 and at most 10, got 0.0" in done.stderr
+    assert not (ROOT / "outputs" / RUN).exists()
+
+
+def test_a_finished_run_does_not_pay_for_it(monkeypatch):
+    "Settings are built for the phases that are still to run, and for nothing when there are none."
+    phases = runs.phases_of(ROOT, "smoke")
+    values = runs.assign(runs.read_recipe(ROOT, "smoke", phases), phases)
+    asked = []
+    monkeypatch.setattr(runs, "check_settings", lambda run, todo, values: asked.append(todo) or {})
+    for done in (lambda *_: True, lambda folder, phase, wanted: phase < "04"):
+        monkeypatch.setattr(runs, "is_done", done)
+        runs._checked(ROOT, ROOT / "outputs" / RUN, "smoke", list(phases), values)
+    assert asked == [[], ["04_dpo", "05_eval"]]
+    monkeypatch.undo()
+    monkeypatch.setattr(runs.subprocess, "run", None)
+    assert runs.check_settings(RUN, [], values) == {}
+
+
+def test_presets_that_differ_are_announced():
+    phases = runs.phases_of(ROOT, "smoke")
+    values = runs.assign([runs.read_flag("03.preset=guide-8", phases)], phases)
+    assert runs.check_across(list(phases), values) == [
+        "note: 02_rollouts.preset is leave-one-out and 03_preferences.preset is guide-8, which scores the rollouts anew"
+    ]
