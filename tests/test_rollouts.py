@@ -12,7 +12,7 @@ import pytest
 
 from conftest import RUN
 from looper_math import preferences, rollouts
-from looper_math.records import ROOT, RecordError, RunConflict, read_json, read_records, run_folder
+from looper_math.records import ROOT, RecordError, RunConflict, read_json, read_records, run_folder, seal
 from looper_math.prompts import arms
 from looper_math.runs import parameters_of
 
@@ -110,6 +110,24 @@ def test_a_lost_shard_and_a_torn_line_cost_only_themselves(random_adapter, unbro
     remove(run_folder(s.run))
 
 
+def test_a_hole_in_a_text_is_noticed(random_adapter, unbroken):
+    "Bytes cut out of a completion between two runs: the line is named, and without it the phase ends as unbroken."
+    s = settings(random_adapter, "hole")
+    process, shard = start(s), s.folder / "shard-0.jsonl"
+    while not shard.exists() or shard.read_bytes().count(b"\n") < 3: time.sleep(.01)
+    process.kill()
+    process.join()
+    lines = shard.read_bytes().splitlines(keepends=True)
+    text = json.loads(lines[1])["trajectories"][0]["full_text"].encode()
+    holed = lines[1].replace(text[4:8], b"", 1)
+    assert holed != lines[1] and json.loads(holed)
+    shard.write_bytes(lines[0] + holed + b"".join(lines[2:]))
+    with pytest.raises(RecordError, match="shard-0.jsonl, line 2: the record was changed after it was written"): rollouts.gather(s)
+    shard.write_bytes(lines[0] + b"".join(lines[2:]))
+    assert finish(s) == unbroken[0]
+    remove(run_folder(s.run))
+
+
 def test_a_full_disk_loses_nothing_else(random_adapter, unbroken):
     "A file may not grow beyond a third of what is needed: a clear message, whole lines only, and the same end once there is room."
     expected, _ = unbroken
@@ -138,7 +156,7 @@ def test_other_settings_and_contradictions_are_refused(random_adapter, unbroken)
     phase.begin()
     with pytest.raises(RunConflict, match="max_new_tokens: 16 there, 17 now"): rollouts.run_phase(dataclasses.replace(s, max_new_tokens=17))
     line = json.loads(unbroken[0].splitlines()[0])
-    for k, gold in enumerate(("1", "2")): (s.folder / f"shard-{k}.jsonl").write_text(json.dumps(line | {"gold_answer": gold}) + "\n")
+    for k, gold in enumerate(("1", "2")): (s.folder / f"shard-{k}.jsonl").write_text(json.dumps(seal(line | {"gold_answer": gold})) + "\n")
     with pytest.raises(RecordError, match="differs from the one in another file"): rollouts.run_phase(s)
     assert len(list(s.folder.glob("shard-*.jsonl"))) == 2
     remove(run_folder(s.run))
