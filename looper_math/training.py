@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEDULERS', 'REPORTS', 'MACHINE', 'TrainingSettings', 'precision', 'launched', 'RowSettings', 'trainer_arguments',
-           'one_device', 'Learning', 'damage', 'is_first_process', 'checkpoints', 'last_checkpoint', 'train', 'history',
-           'heldout_questions', 'look', 'finish', 'verdict']
+           'one_device', 'Learning', 'log_line', 'LogLines', 'damage', 'is_first_process', 'checkpoints',
+           'last_checkpoint', 'train', 'history', 'heldout_questions', 'look', 'finish', 'verdict']
 
 # %% ../nbs/lib/training.ipynb #bfac8710
 import gc, importlib.util, math, os, shutil, struct
@@ -19,7 +19,7 @@ import torch
 import yaml
 from datasets import disable_progress_bars
 from safetensors import SafetensorError, safe_open
-from transformers import TrainerCallback
+from transformers import ProgressCallback, TrainerCallback
 from transformers.utils import is_torch_tf32_available
 
 from . import heldout, models
@@ -185,6 +185,19 @@ class Learning(TrainerCallback):
     def on_log(self, args, state, control, logs, **kwargs):
         if math.isnan(logs.get("grad_norm", 0)): raise RuntimeError(f"the gradient is not a number at update {state.global_step}: take a lower learning_rate, or mixed_precision bf16 or no")
 
+# %% ../nbs/lib/training.ipynb #486af7fe
+def log_line(step: int, steps: int, # the update, and how many there will be
+             logs: dict # what the trainer logs at this update
+            ) -> str:
+    "Step, loss, learning rate and gradient norm."
+    formats = {"loss": "loss {:.4f}", "learning_rate": "LR {:.2e}", "grad_norm": "gradient norm {:.3g}"}
+    return " | ".join([f"step {step}/{steps}", *(f.format(logs[name]) for name, f in formats.items() if name in logs)])
+
+class LogLines(TrainerCallback):
+    "Print `log_line` at every logged update, on the first process."
+    def on_log(self, args, state, control, logs, **kwargs):
+        if "loss" in logs and is_first_process(): print(log_line(state.global_step, state.max_steps, logs), flush=True)
+
 # %% ../nbs/lib/training.ipynb #7ad64de3
 _NEEDED = ("adapter_config.json", "adapter_model.safetensors", "optimizer*", "scheduler.pt", "rng_state*.pth",
            "trainer_state.json")   # the last one is written last
@@ -239,7 +252,8 @@ def last_checkpoint(folder: str | Path, model) -> Path | None: # none when there
 
 def train(trainer, folder: str | Path) -> pd.DataFrame | None: # what was logged; none on all processes but the first
     "Train, from the last whole checkpoint in `folder` if there is one, and save the adapter there."
-    trainer.add_callback(Learning)
+    for callback in (Learning, LogLines): trainer.add_callback(callback)
+    trainer.remove_callback(ProgressCallback)   # it prints the same as a dictionary
     checkpoint = last_checkpoint(folder, trainer.model)
     if checkpoint:   # where a checkpoint also holds DPO's reference, the trainer would load that one alone
         trainer.model.load_adapter(str(checkpoint), "default", is_trainable=True)
