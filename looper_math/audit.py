@@ -67,7 +67,8 @@ def read_log(path: str | Path) -> list[dict]:
         for k, line in enumerate(f, 1):
             if not line.strip(): continue
             try: record = json.loads(line)
-            except (ValueError, RecursionError): record = None # a recursion error: nested too deep
+            except ValueError: record = None
+            except RecursionError: raise RecordError(f"{path}, line {k}: nested too deep to be a record of texts") from None
             if not isinstance(record, dict):
                 raise RecordError(f"{path}, line {k}: expected one JSON object a line, got {line[:60]!r}; "
                                   "if it is the last line, its writer was cut off: remove it")
@@ -93,11 +94,11 @@ def _overlap(head: str, tail: str) -> int:
 
 def _echo(completion: str, prompt: str) -> tuple[int, int]: # where the echo starts and ends, (0, 0) without one
     "The place where a completion repeats its prompt: the whole of it anywhere, or its end at the beginning."
-    text, asked, last = ("".join(t.split()) for t in (completion, prompt, _SENTENCE_END.split(prompt.rstrip())[-1]))
-    start, size = text.find(asked) if len(asked) >= _WHOLE else -1, len(asked)
+    text, whole, last = ("".join(t.split()) for t in (completion, prompt, _SENTENCE_END.split(prompt.rstrip())[-1]))
+    start, size = text.find(whole) if len(whole) >= _WHOLE else -1, len(whole)
     if start < 0:
-        start, size = 0, _overlap(text, asked) if text[:_LEAST] in asked else 0
-        if size < _LEAST or size == len(last) < len(asked): return 0, 0
+        start, size = 0, _overlap(text, whole) if text[:_LEAST] in whole else 0
+        if size < _LEAST or size == len(last) < len(whole): return 0, 0
     places = [i for i, character in enumerate(completion) if not character.isspace()]
     return places[start], places[start + size - 1] + 1
 
@@ -163,7 +164,7 @@ _LINE = re.compile(r"[^\n]+")
 def _body_start(row: dict, shared: dict) -> int:
     "Where the solution begins: behind the echo of the prompt and the shared lines that follow it."
     text, question, prompt = row["completion"], row["question"], row["prompt"]
-    echoes = (_echo(text, asked) for asked in (prompt, question + prompt.partition(question)[2], question))
+    echoes = (_echo(text, whole) for whole in (prompt, question + prompt.partition(question)[2], question))
     start, end = max(echoes, key=lambda echo: echo[1])
     if announces(text[:start]) and extract_answer(text[end:]) is None: return 0 # the solution stands before it
     for line in _LINE.finditer(text, end) if end else ():

@@ -25,8 +25,8 @@ def question_id(question: str) -> str: # 16 hexadecimal digits
 def gold_answer(answer: str # a worked solution, or a bare number
                ) -> str | None: # canonical text such as "1250", None for no number and for a doubtful one
     "The right answer that a solution of a data file announces."
-    announced, bare = find_answer(answer), parse_answer(answer)
-    if announced: return format_answer(announced[1]) if find_answer(answer, alone=True) == announced else None
+    statement, bare = find_answer(answer), parse_answer(answer)
+    if statement: return format_answer(statement[1]) if find_answer(answer, alone=True) == statement else None
     return format_answer(bare) if read_answer(answer, alone=True) == bare else None
 
 # %% ../nbs/lib/data.ipynb #9d60c6a9

@@ -84,15 +84,15 @@ def test_an_echo_behind_whatever_stands_before_it(sound, write, head):
     assert log.accuracy == (N - len(WRONG), N) and log.findings["recorded verdict differs"] == []
 
 
-@pytest.mark.parametrize("known", ["the prompt", "the question"])
-def test_completions_that_begin_in_the_middle_of_the_prompt(sound, write, known):
+@pytest.mark.parametrize("field", ["the prompt", "the question"])
+def test_completions_that_begin_in_the_middle_of_the_prompt(sound, write, field):
     "Left padding, sliced at the unpadded length: each begins at another place, in the instruction or in the question."
     rows, place = [], random.Random(0)
     for r in sound:
-        prompt = f"{INSTRUCTION}\n{r['question']}" + ("\nAnswer as above.\n" if known == "the prompt" else "")
+        prompt = f"{INSTRUCTION}\n{r['question']}" + ("\nAnswer as above.\n" if field == "the prompt" else "")
         within_words = [k for k in range(1, len(prompt) - 30) if prompt[k - 1].isalnum() and prompt[k].isalnum()]
         completion = f"{prompt[place.choice(within_words):]}\n{r['completion']}"
-        rows.append(r | {"completion": completion} | ({"prompt": prompt} if known == "the prompt" else {}))
+        rows.append(r | {"completion": completion} | ({"prompt": prompt} if field == "the prompt" else {}))
     log = evaluation.rescore(write(rows))
     assert log.findings["prompt echo"] == list(range(N)) and log.accuracy_strict == (N - len(WRONG), N)
     behind = [r.completion[len(r.echo):].lstrip() for r in log.table.itertuples()]
@@ -207,7 +207,7 @@ def test_fields_by_path(sound, write):
         evaluation.rescore(write(sound), verdict="verdict")
 
 
-def refused(log, **fields):
+def refusal(log, **fields):
     with pytest.raises(RecordError) as e:
         evaluation.rescore(log, **fields)
     return str(e.value)
@@ -219,7 +219,7 @@ def test_a_list_in_place_of_a_text(sound, write):
     fields = {"question": "doc.question", "gold": "doc.gold"}
     assert evaluation.rescore(log, completion="resps[0][0]", **fields).accuracy == (4, 4)
     for path, near in (("resps[0]", "resps[0][0]"), ("resps", "resps[0][0]"), ("doc", "doc.completion")):
-        message = refused(log, completion=path, **fields)
+        message = refusal(log, completion=path, **fields)
         assert f"{log}, record 0: field '{path}' must be text or a number, got " in message
         assert near in message.rpartition("there is text at ")[2]
 
@@ -230,7 +230,7 @@ def test_a_list_in_place_of_a_text(sound, write):
 def test_a_field_that_is_no_text(sound, write, field, value):
     rows = changed(sound[:9], 3, **{field: value})
     for log in (write(rows), pd.DataFrame(rows)):
-        assert f"record 3: field '{field}' must be text" in refused(log)
+        assert f"record 3: field '{field}' must be text" in refusal(log)
 
 
 def test_numbers_are_golds_and_completions(sound, write):
@@ -247,17 +247,17 @@ def test_records_that_lack_a_field(sound, write):
     rows = [{k: v for k, v in r.items() if k != "correct" or i < 3} for i, r in enumerate(sound)]
     assert evaluation.rescore(write(rows)).table.recorded.notna().sum() == 3
     assert evaluation.rescore(pd.DataFrame(rows)).table.recorded.notna().sum() == 3
-    assert "record 3: no field 'correct'" in refused(write(rows), verdict="correct")
-    assert "record 1: no field 'filter'" in refused(write(changed(sound[:3], 0, filter="x")), where={"filter": "x"})
+    assert "record 3: no field 'correct'" in refusal(write(rows), verdict="correct")
+    assert "record 1: no field 'filter'" in refusal(write(changed(sound[:3], 0, filter="x")), where={"filter": "x"})
     partly = [r | ({"temperature": 0.0} if k < 5 else {}) for k, r in enumerate(sound)]
     for log in (write(partly), pd.DataFrame(partly)):
-        assert "record 5: no field 'temperature', which other records have" in refused(log)
-    assert "no rows" in refused(pd.DataFrame(columns=["question", "gold", "completion"]))
+        assert "record 5: no field 'temperature', which other records have" in refusal(log)
+    assert "no rows" in refusal(pd.DataFrame(columns=["question", "gold", "completion"]))
 
 
 @pytest.mark.parametrize("prompt", [7, {"content": "How?"}, [{"role": "user"}], [{"content": None}], ["How?", 7]])
 def test_a_prompt_that_is_no_text(sound, write, prompt):
-    message = refused(write(changed(sound[:4], 2, prompt=prompt)))
+    message = refusal(write(changed(sound[:4], 2, prompt=prompt)))
     assert "record 2: a prompt must be text, or a list of messages that hold text as 'content', got " in message
 
 
@@ -270,9 +270,9 @@ def test_prompts_of_messages(sound, write):
 
 def test_a_folder_and_a_deep_record_are_no_log(sound, write):
     log = write(sound[:2])
-    assert "a folder, and a log is a file" in refused(log.parent) and "log.jsonl" in refused(log.parent)
+    assert "a folder, and a log is a file" in refusal(log.parent) and "log.jsonl" in refusal(log.parent)
     log.write_text(json.dumps(sound[0]) + "\n" + '{"question": ' + "[" * 90_000 + "]" * 90_000 + "}\n")
-    assert "line 2: expected one JSON object a line" in refused(log)
+    assert "line 2: nested too deep" in refusal(log)
 
 
 def test_an_unknown_verdict_is_named(sound):

@@ -15,12 +15,12 @@ FLOOR = .03  # seconds of CPU; below it, differences between two runs are noise
 ARMS = ("wolfram_standard", "wolfram_rephrase", "maudlin_cf1")
 
 
-def rescored(text):
+def audit_of(text):
     row = {"question": f"Q {text}", "gold": "27", "completion": f"{text} Q {text}\n{text}", "prompt": text}
     return audit.rescore(pd.DataFrame([row]))
 
 
-def scored(text):
+def rewards(text):
     trajectories = [{"arm_name": arm, "reasoning": text, "answer": text, "num_tokens": 9} for arm in ARMS]
     return regime_w.score_rollout(trajectories, "27")
 
@@ -42,7 +42,7 @@ READERS = {
     "shared_answers": lambda text: audit.shared_answers([text] * 4, list("1234")),
     "unsafe_gold": audit.unsafe_gold,
     "platinum_answer": grading.platinum_answer,
-    "score_rollout": scored,
+    "score_rollout": rewards,
 }
 PIECES = ["\n", "7", "(", ")", "[", "=", "$", "€", ",", "\\boxed{", "<think>", "Answer:", ".", " ", "1,234,", "1/",
           "1=", "1+", "1e99 ", "A:", "\n ", "\\frac{", "####", "1 ab", "1)", "- ", "<<"]
@@ -78,7 +78,7 @@ def test_time_grows_with_the_length(name, piece):
 
 
 @pytest.mark.parametrize("piece", ["\n", "7", "(", "=", "$", ",", "\\boxed{", "<think>", "Answer:", ".", "1/"])
-@pytest.mark.parametrize("function", [lambda text: grading.grade(text, "27"), rescored], ids=["grade", "rescore"])
+@pytest.mark.parametrize("function", [lambda text: grading.grade(text, "27"), audit_of], ids=["grade", "rescore"])
 def test_time_of_the_graders_grows_with_the_length(function, piece):
     check_growth(function, lambda size: (piece * size)[:size])
 
@@ -108,8 +108,8 @@ def test_a_run_of_lines():
 def test_shared_lines_without_end():
     "The instruction's line repeated to the limit, behind an echo of the question."
     def log(size):
-        lines, asked = "as in Answer: 42\n" * (size // 17), "What is {k} and {k} together?"
-        rows = [{"question": asked.format(k=k), "gold": 2 * k, "completion": f"\n{lines}{2 * k}"} for k in range(1, 4)]
+        lines, question = "as in Answer: 42\n" * (size // 17), "What is {k} and {k} together?"
+        rows = [{"question": question.format(k=k), "gold": 2 * k, "completion": f"\n{lines}{2 * k}"} for k in range(1, 4)]
         return pd.DataFrame([r | {"completion": r["question"] + r["completion"]} for r in rows])
 
     assert audit.rescore(log(100_000)).accuracy == (3, 3)
