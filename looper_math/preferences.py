@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHOICES', 'CAPPED', 'NEEDED', 'SET_TERMS', 'NOTHING', 'RECORD', 'TRAJECTORY', 'PairRules', 'pair_rules',
            'PreferenceSettings', 'build_pairs_report', 'build_pairs', 'compare_policies', 'plot_pairs_per_question',
-           'term_limits', 'inertness_audit', 'read_rollouts', 'open_phase', 'reward_summary', 'main', 'arm_table',
+           'term_limits', 'inertness_audit', 'read_rollouts', 'open_phase', 'reward_terms', 'main', 'arm_table',
            'pair_table']
 
 # %% ../nbs/03_preferences.ipynb #0b25a5db
@@ -133,10 +133,10 @@ def _coherence(right: list[dict], endable: list[dict], rules: PairRules, dropped
     above = sorted((p for p in candidates if _gap(p) > rules.threshold), key=_gap, reverse=True)
     dropped["below_threshold"] += bool(candidates) and not above
     if rules.coherence == "best-worst": return above[:1]
-    found = {}
+    kept = {}
     for pair in above:
-        if _texts(pair)[::-1] not in found: found[_texts(pair)] = pair
-    return list(found.values())
+        if _texts(pair)[::-1] not in kept: kept[_texts(pair)] = pair
+    return list(kept.values())
 
 # %% ../nbs/03_preferences.ipynb #d16b2735
 def _best_worst(candidates: list) -> list: return [max(candidates, key=_gap)]
@@ -368,14 +368,10 @@ def open_phase(s: PreferenceSettings) -> Phase:
     "Phase 3 of the run; refuses a folder that another configuration made."
     return Phase("03_preferences", s, existing(rollouts=s.rollouts), machine=("rollouts", "base"))
 
-def reward_summary(scored: list[dict], preset) -> dict: # weights, limits, and least, median and largest rewards
-    "What the rewards are made of, and what they came to."
+def reward_terms(scored: list[dict], preset) -> dict: # weights and limits, by term
+    "What the rewards are made of, and what keeps a term from acting."
     weights = {term: w for term in REWARD_TERMS if (w := getattr(find_preset(preset).weights, term))}
-    rewards = pd.Series([t["reward"] for r in scored for t in r["trajectories"]])
-    right = pd.Series([t["correct"] for r in scored for t in r["trajectories"]])
-    sides = {"right": rewards[right], "wrong": rewards[~right]}
-    spread = {name: side.quantile([0, .5, 1]).round(4).tolist() for name, side in sides.items() if len(side)}
-    return {"weights": weights, "limits": term_limits(scored, preset), "rewards": spread}
+    return {"weights": weights, "limits": term_limits(scored, preset)}
 
 def main(s: PreferenceSettings) -> list[dict]: # the pairs, as written to `s.path`
     "Build the pairs of a run, or read those that are there; raises `RecordError` when no pair can be made."
@@ -390,7 +386,7 @@ def main(s: PreferenceSettings) -> list[dict]: # the pairs, as written to `s.pat
     draft.unlink(missing_ok=True)
     with RecordWriter(draft) as writer: writer.append(pairs)
     draft.replace(s.path)
-    phase.finish([s.path], counts=report, metrics=reward_summary(scored, s.preset))
+    phase.finish([s.path], counts=report, metrics=reward_terms(scored, s.preset))
     return pairs
 
 # %% ../nbs/03_preferences.ipynb #46ab59ac

@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from conftest import papermill
-from looper_math import cards, evaluation, report, runs
+from looper_math import cards, criteria, evaluation, report, runs
 from looper_math.grading import VERDICTS
 from looper_math.records import ROOT, RunConflict, SettingsError, read_json, read_records, run_folder, write_json
 from looper_math.runs import parameters_of
@@ -231,11 +231,11 @@ def finished(done):
 
 
 def test_report_and_comparison_of_two_runs(finished, capsys):
-    page = report.report_page(finished, ["05_eval"])
+    page = report.report_page(finished, ["05_eval"], criteria.criteria(finished))
     metrics = read_json(finished / "05_eval/manifest.json")["metrics"]
     assert f"{metrics['models']['sft']['correct']} / 20" in page and 'href="05_eval.html"' in page and "not measurable" in page
     assert all(c["sentence"].split(":")[0] in page for c in metrics["paired"].values())
-    judged = report.criteria(finished).set_index("criterion")
+    judged = criteria.criteria(finished).set_index("criterion")
     assert judged.verdict["correctness pairs"] == "fail" and judged.verdict["DPO's loss falls"] == "not measurable"
     row = judged.loc["correctness pairs"]
     assert (row.expected, row.source) == ("12 to 18 for 3 questions", "pipeline guide")

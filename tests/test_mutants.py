@@ -57,8 +57,8 @@ EQUIVALENT = {
 
 def cells():
     "The notebook's code as nbdev_test runs it, without the plots: (id, source)."
-    found = [(c.id, c.source) for c in nbformat.read(ROOT / "nbs/00_regime_w.ipynb", 4).cells if c.cell_type == "code"]
-    return [(i, s) for i, s in found if "plt.subplots" not in s and not s.startswith(("#| default_exp", "#| slow"))]
+    code = [(c.id, c.source) for c in nbformat.read(ROOT / "nbs/00_regime_w.ipynb", 4).cells if c.cell_type == "code"]
+    return [(i, s) for i, s in code if "plt.subplots" not in s and not s.startswith(("#| default_exp", "#| slow"))]
 
 
 def execute(sources, space):
@@ -118,9 +118,9 @@ def survivors(changed, start, sources, space):
 @pytest.fixture(scope="module")
 def design():
     "The notebook's cells; that they pass unchanged is what every mutant is measured by."
-    found = cells()
-    execute(found, {"__name__": "design"})
-    return found
+    sources = cells()
+    execute(sources, {"__name__": "design"})
+    return sources
 
 
 def test_the_notebook_holds_the_module(design):
@@ -132,14 +132,14 @@ def test_the_notebook_holds_the_module(design):
 
 
 def test_every_mutant_of_the_formulas_is_caught(design):
-    space, left, made = {"__name__": "design"}, [], 0
+    space, left, number = {"__name__": "design"}, [], 0
     for k, (name, source) in enumerate(design):
         if source.startswith("#| export"):
             changed = list(mutants(source))
             left += survivors(changed, k, design, space)
-            made += len(changed)
+            number += len(changed)
         execute([(name, source)], space)
-    assert made > 300
+    assert number > 300
     assert set(left) - set(EQUIVALENT) == set(), "no cell of 00_regime_w.ipynb notices these"
     assert set(EQUIVALENT) - set(left) == set(), "these are caught, or gone: take them off the list"
 
@@ -162,16 +162,16 @@ def test_a_wrong_weight_or_form_is_caught_in_every_preset(design):
 
 def test_a_wrong_arm_or_sample_seed_is_caught(design, monkeypatch):
     source = (ROOT / "looper_math/prompts.py").read_text(encoding="utf-8")
-    left, made = [], 0
+    left, number = [], 0
     for name, changed in mutants(source, {"_family", "_FAMILIES", "_PROBES", "ARM_SETS", "sample_seed"}):
         module = types.ModuleType("looper_math.prompts")
         module.__package__ = "looper_math"
         monkeypatch.setitem(sys.modules, "looper_math.prompts", module)
-        made += 1
+        number += 1
         try:
             exec(compile(changed, "prompts", "exec"), vars(module))
             execute(design, {"__name__": "design"})
         except Exception: continue
         left.append(name)
     # 0.2 + 0.1 * 1 is 0.30000000000000004, which both rounded to one digit and to two is 0.3
-    assert made > 25 and left == ["round(0.2 + 0.1 * i, 2)"]
+    assert number > 25 and left == ["round(0.2 + 0.1 * i, 2)"]

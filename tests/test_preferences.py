@@ -145,8 +145,8 @@ def test_all_above_the_threshold_is_every_ordered_pair_of_right_solutions(rollou
 
 @given(ROLLOUTS, RULES)
 def test_no_text_is_better_and_worse_than_another(rollouts, rules):
-    found = {(p["question_id"], p["chosen"].strip(), p["rejected"].strip()) for p in build_pairs(rollouts, **rules)}
-    assert not found & {(q, rejected, chosen) for q, chosen, rejected in found}
+    keys = {(p["question_id"], p["chosen"].strip(), p["rejected"].strip()) for p in build_pairs(rollouts, **rules)}
+    assert not keys & {(q, rejected, chosen) for q, chosen, rejected in keys}
 
 
 @given(ROLLOUTS, RULES)
@@ -258,8 +258,8 @@ def test_the_guides_coherence_pairs_come_from_length_and_only_beyond_the_free_to
         assert tokens[p["question_id"], p["chosen_arm"]] + 10 < tokens[p["question_id"], p["rejected_arm"]]
     audited, inert = (inertness_audit(r, "guide-8").loc["excess_tokens"] for r in (long, short))
     assert audited.limits == "" and audited["coherence gone"] == len(pairs)
-    said = "no completion is longer than 512 tokens, the longest has 512: the length penalty is 0 everywhere"
-    assert inert.limits == said and inert.sentence.endswith(f"{said[0].upper()}{said[1:]}.")
+    limit = "no completion is longer than 512 tokens, the longest has 512: the length penalty is 0 everywhere"
+    assert inert.limits == limit and inert.sentence.endswith(f"{limit[0].upper()}{limit[1:]}.")
 
 
 def lone(**fields): return [r | {"trajectories": [t | fields for t in r["trajectories"]]} for r in raw_rollouts(8)]
@@ -323,8 +323,6 @@ def test_the_phase_writes_pairs_and_a_manifest_once(phase):
     assert pairs == records.read_records(phase.path) == build_pairs(read_rollouts(phase.rollouts), **phase.rules)
     counts, metrics = (open_phase(phase).manifest[k] for k in ("counts", "metrics"))
     assert counts["correctness"] + counts["coherence"] == len(pairs)
-    rewards = [t["reward"] for r in score_records(raw_rollouts(20)) for t in r["trajectories"] if t["correct"]]
-    assert metrics["rewards"]["right"][::2] == [round(min(rewards), 4), round(max(rewards), 4)]
     assert metrics["weights"]["quality"] == .3 and "agreement" in metrics["limits"]
     before = files(phase)
     assert main(phase) == pairs and files(phase) == before

@@ -70,8 +70,8 @@ def test_every_process_has_a_share_of_the_rollouts(recipe):
     p = v["02_rollouts"]
     questions = size(p["questions"], p["limit"])
     assert math.ceil(questions / p["chunk"]) == p["n_gpu"]
-    said = re.search(r"([\d,]+) questions x (\d+) (?:arms|variants)", text(recipe, "02_rollouts"))
-    if said: assert (int(said[1].replace(",", "")), int(said[2])) == (questions, len(arms(p["arm_set"])))
+    stated = re.search(r"([\d,]+) questions x (\d+) (?:arms|variants)", text(recipe, "02_rollouts"))
+    if stated: assert (int(stated[1].replace(",", "")), int(stated[2])) == (questions, len(arms(p["arm_set"])))
     total = re.search(r"([\d,]+) trajectories", text(recipe, "02_rollouts"))
     if total: assert int(total[1].replace(",", "")) == questions * len(arms(p["arm_set"]))
 
@@ -81,8 +81,8 @@ def test_the_numbers_of_the_evaluation_are_those_of_its_comment(recipe):
     p = values(recipe)["05_eval"]
     several = (p["samples"] + len(arms(p["arm_set"]))) * p["sampled_questions"] * p["sampled_models"]
     greedy = size(p["questions"], p["limit"]) * len(p["models"]) * len(p["styles"])
-    said = re.search(r"([\d,]+) completions beside the ([\d,]+) greedy", text(recipe, "05_eval"))
-    if said: assert [int(n.replace(",", "")) for n in said.groups()] == [several, greedy]
+    stated = re.search(r"([\d,]+) completions beside the ([\d,]+) greedy", text(recipe, "05_eval"))
+    if stated: assert [int(n.replace(",", "")) for n in stated.groups()] == [several, greedy]
 
 
 @pytest.mark.parametrize("recipe", BIG)
@@ -92,8 +92,8 @@ def test_updates_are_those_of_the_comments(recipe):
         if phase not in v: continue
         p, source = v[phase], text(recipe, phase)
         batch = p["batch_size"] * p["accumulation"] * max(1, p["n_gpu"])
-        said = re.search(r"(\d+) (?:rows|pairs|questions) (?:\(\d+ trajectories\) )?an update", source)
-        if said: assert int(said[1]) == batch, phase
+        stated = re.search(r"(\d+) (?:rows|pairs|questions) (?:\(\d+ trajectories\) )?an update", source)
+        if stated: assert int(stated[1]) == batch, phase
         if updates := re.search(r"(\d+) updates", source):
             rows = size(p.get("train") or p["questions"], p["limit"])
             assert int(updates[1]) == (rows // batch if phase == "06_online_rl" else math.ceil(rows / batch)), phase

@@ -3,8 +3,8 @@ import random
 
 import pytest
 
-from looper_math import report
-from looper_math.preferences import build_pairs_report, reward_summary
+from looper_math import criteria
+from looper_math.preferences import build_pairs_report, reward_terms
 from looper_math.prompts import arms, build_prompt
 from looper_math.records import RecordWriter, write_json
 from looper_math.regime_w import PRESETS, find_preset, score_records
@@ -15,22 +15,22 @@ COMMON = {"git_commit": "", "versions": {}, "metrics": {}}
 
 def trajectory(rng, arm, question, tokens):
     total = 7 if rng.random() < .7 else rng.choice([8, 12])
-    said = " ".join(rng.choices("so we add three and four apples then".split(), k=rng.randint(3, 12)))
-    text = f"{said} 3 + 4 = {total}"
+    words = " ".join(rng.choices("so we add three and four apples then".split(), k=rng.randint(3, 12)))
+    text = f"{words} 3 + 4 = {total}"
     return dict(arm_name=arm.name, prompt=build_prompt(question, arm.instruction), full_text=f"{text}\nAnswer: {total}",
                 reasoning=text, answer=str(total), answer_strict=str(total), num_tokens=rng.randint(*tokens),
                 finish_reason="stop", seed=1)
 
 
 def rollouts(arm_set, questions=20, tokens=(80, 300)):
-    rng, made = random.Random(0), []
+    rng, records = random.Random(0), []
     for k in range(questions):
         solutions = [trajectory(rng, a, f"Question {k}?", tokens) for a in arms(arm_set)]
-        made.append(dict(question_id=f"{k:016x}", question=f"Question {k}?", gold_answer="7", trajectories=solutions))
-    return made
+        records.append(dict(question_id=f"{k:016x}", question=f"Question {k}?", gold_answer="7", trajectories=solutions))
+    return records
 
 
-def finished(folder, preset, changes={}, losses=(.62, .48, .38), **made):
+def finished(folder, preset, changes={}, losses=(.62, .48, .38), **sizes):
     "A run of Abel-7B, its rollouts and pairs made by the project's code, its training and evaluation invented."
     arm_set = find_preset(preset).arm_set
     p = {"02_rollouts": ABEL | {"arm_set": arm_set, "limit": 20, "questions": "openai/gsm8k", "preset": preset},
@@ -38,7 +38,7 @@ def finished(folder, preset, changes={}, losses=(.62, .48, .38), **made):
          "04_dpo": ABEL | {"epochs": 3, "learning_rate": 5e-5, "beta": .1, "loss": "sigmoid", "nll_weight": 0.},
          "05_eval": ABEL | {"questions": "madrylab/gsm8k-platinum", "limit": 0, "models": {}}}
     p = {phase: values | changes.get(phase, {}) for phase, values in p.items()}
-    scored = list(score_records(rollouts(arm_set, **made), preset))
+    scored = list(score_records(rollouts(arm_set, **sizes), preset))
     (folder / "02_rollouts").mkdir(parents=True)
     with RecordWriter(folder / "02_rollouts/rollouts.jsonl") as writer: writer.append(scored)
     rules = {k: v for k, v in p["03_preferences"].items() if k != "preset"}
@@ -47,7 +47,7 @@ def finished(folder, preset, changes={}, losses=(.62, .48, .38), **made):
     score = lambda k: {"correct": k, "n": 1209, "cut_off": 3}
     change = {"gained": 60, "lost": 25, "n": 1209, "p": .001, "p_holm": .002, "difference": 35 / 1209}
     models = {"base": score(972), "sft": score(985), "dpo": score(1020)}
-    metrics = {"03_preferences": reward_summary(scored, preset),
+    metrics = {"03_preferences": reward_terms(scored, preset),
                "05_eval": {"models": models, "paired": {"dpo_vs_sft": change}}}
     for phase, values in p.items():
         write_json(folder / phase / "manifest.json", COMMON | {"parameters": values, "counts": counts[phase]} |
@@ -57,7 +57,7 @@ def finished(folder, preset, changes={}, losses=(.62, .48, .38), **made):
     write_json(folder / "04_dpo/adapter/trainer_state.json", {"log_history": log})
     seconds = {"02_rollouts": 1200., "04_dpo": 1700., "05_eval": 800.}
     write_json(folder / "run.json", {"recipe": "x", "parameters": {}, "seconds": seconds})
-    return report.criteria(folder).set_index("criterion")
+    return criteria.criteria(folder).set_index("criterion")
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -138,7 +138,7 @@ def test_rollouts_that_changed_after_their_manifest_are_named(tmp_path):
     finished(tmp_path / "run", "guide-8")
     path = tmp_path / "run/02_rollouts/rollouts.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:10]))
-    row = report.criteria(tmp_path / "run").set_index("criterion").loc["questions and trajectories"]
+    row = criteria.criteria(tmp_path / "run").set_index("criterion").loc["questions and trajectories"]
     assert (row.verdict, row.reason) == ("fail", "the manifest counted 20 questions: rollouts.jsonl has changed since")
 
 
@@ -146,6 +146,13 @@ def test_answers_behind_other_markers_are_counted_apart(tmp_path):
     judged = finished(tmp_path / "run", "guide-8")
     path = tmp_path / "run/02_rollouts/rollouts.jsonl"
     path.write_text(path.read_text().replace("\\nAnswer: 7", "\\n#### 7", 3))
-    row = report.criteria(tmp_path / "run").set_index("criterion").loc["answers in the form 'Answer: <number>'"]
+    row = criteria.criteria(tmp_path / "run").set_index("criterion").loc["answers in the form 'Answer: <number>'"]
     assert judged.verdict["answers in the form 'Answer: <number>'"] == "pass"
     assert (row.verdict, row.found, row.reason) == ("fail", "157 of 160", "3 announced by #### or a box")
+
+
+def test_pairs_under_another_preset_than_the_rollouts_follow_the_document_of_each(tmp_path):
+    judged = finished(tmp_path / "run", "platinum-11", {"03_preferences": {"preset": "core-variants"}})
+    assert judged.source["questions and trajectories"] == "deployment guide"
+    assert judged.source["coherence pairs"] == "core guide"
+    assert "gets 1" not in judged.reason["reward from 0.5 to 1.2"]   # the weights are those of the other rewards
