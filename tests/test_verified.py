@@ -99,8 +99,10 @@ def test_an_unfinished_phase_is_not_read(copied):
 
 def test_torn_files_of_a_phase_are_named(copied):
     "A manifest and a start note that are cut off, or hold something else."
-    for name, text, said in (("manifest.json", '{"outputs": {', "not whole JSON"), ("manifest.json", "{}", "'outputs' is missing"),
-                             ("started.json", "", "not whole JSON"), ("started.json", "[1]", "expected a JSON object")):
+    for name, text, said in (("manifest.json", '{"outputs": {', "not whole JSON"),
+                             ("manifest.json", "{}", "'outputs' is missing"),
+                             ("started.json", "", "not whole JSON"),
+                             ("started.json", "[1]", "expected a JSON object")):
         path = copied / "02_rollouts" / name
         whole = path.read_bytes()
         path.write_text(text)
@@ -156,8 +158,10 @@ def test_no_phase_takes_a_wrong_adapter_for_the_base(random_adapter, tmp_path, h
     else: write_json(adapter / "adapter_config.json", read_json(adapter / "adapter_config.json") | {"lora_alpha": 0})
     said = "lora_alpha is 0, so the adapter changes nothing" if how == "alpha" else "weights are missing"
     folder = fresh("wrong-adapter")
-    uses = [lambda: rollouts.run_phase(rollouts.RolloutSettings(**small("02_rollouts", run=folder.name, adapter=str(adapter)))),
-            lambda: evaluation.run_phase(evaluation.EvalSettings(**small("05_eval", run=folder.name, comparisons=[], models={"sft": str(adapter)}))),
+    sampled = rollouts.RolloutSettings(**small("02_rollouts", run=folder.name, adapter=str(adapter)))
+    s = evaluation.EvalSettings(**small("05_eval", run=folder.name, comparisons=[], models={"sft": str(adapter)}))
+    uses = [lambda: rollouts.run_phase(sampled),
+            lambda: evaluation.run_phase(s),
             lambda: models.merge("data/pocket-base", adapter, tmp_path / "merged"),
             lambda: models.load_adapter(models.load_base("data/pocket-base"), adapter, trainable=True)]
     for use in uses:
@@ -173,7 +177,8 @@ def test_an_adapter_of_another_base_is_refused(random_adapter, tmp_path):
     config = models.load_config("data/pocket-base")
     config.intermediate_size, config.num_hidden_layers = 256, 3
     base = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(ValueError, match="does not announce for this base: .*layers.3"): models.load_adapter(base, random_adapter)
+    with pytest.raises(ValueError, match="does not announce for this base: .*layers.3"):
+        models.load_adapter(base, random_adapter)
     config.num_hidden_layers = 4
     with pytest.raises(ValueError, match="another shape .*4×384 and not 4×256"):
         models.load_adapter(AutoModelForCausalLM.from_config(config), random_adapter)
@@ -182,17 +187,18 @@ def test_an_adapter_of_another_base_is_refused(random_adapter, tmp_path):
 def test_a_base_without_some_of_its_weights_is_refused(tmp_path):
     "transformers would draw them at random and go on."
     base = shutil.copytree(ROOT / "data/pocket-base", tmp_path / "base")
-    weights = {k: w for k, w in load_file(ROOT / "data/pocket-base/model.safetensors").items() if "layers.2" not in k}
-    save_file(weights, base / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match="lack 9 weights of this model, such as model.layers.2"): models.load_base(str(base))
+    weights = load_file(ROOT / "data/pocket-base/model.safetensors")
+    save_file({k: w for k, w in weights.items() if "layers.2" not in k}, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="lack 9 weights of this model, such as model.layers.2"):
+        models.load_base(str(base))
 
 
 @pytest.fixture(scope="module")
 def two_epochs(small_run):
     "DPO over two epochs, with its folder of checkpoints, one an epoch; and the same folder as a kill leaves it."
     folder = fresh("two-epochs")
-    s = dpo.DPOSettings(**small("04_dpo", run=folder.name, control=False, dev_limit=4, adapter=str(small_run / "01_sft/adapter"),
-                                pairs=str(small_run / "03_preferences/pairs.jsonl")))
+    inputs = {"adapter": str(small_run / "01_sft/adapter"), "pairs": str(small_run / "03_preferences/pairs.jsonl")}
+    s = dpo.DPOSettings(**small("04_dpo", run=folder.name, control=False, dev_limit=4, **inputs))
     dpo.main(s)
     assert len(training.checkpoints(s.trained)) == 2
     yield s
@@ -216,7 +222,8 @@ def test_a_truncated_checkpoint_is_passed_over(two_epochs, capsys, file):
     last = training.checkpoints(s.trained)[-1]
     os.truncate(last / file, (last / file).stat().st_size // 2)
     dpo.main(s)
-    assert f"{last} is damaged, and training goes on from before it: {file}: cut off or changed" in capsys.readouterr().out
+    said = f"{last} is damaged, and training goes on from before it: {file}: cut off or changed"
+    assert said in capsys.readouterr().out
     a, b = (load_file(f.trained / "adapter_model.safetensors") for f in (two_epochs, s))
     assert a.keys() == b.keys() and max((a[k] - b[k]).abs().max().item() for k in a) < 1e-6
     assert len(training.checkpoints(s.trained)) == 2
