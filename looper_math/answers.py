@@ -8,6 +8,7 @@ __all__ = ['NUMBER', 'THINK', 'THOUGHT', 'MODES', 'plain', 'find_numbers', 'read
 
 # %% ../nbs/lib/answers.ipynb #cc2ef641
 import difflib, math, numbers, re
+from collections.abc import Iterator
 from decimal import Decimal
 from fractions import Fraction
 
@@ -35,51 +36,67 @@ def plain(text: str) -> str:
     return _FRAC.sub(lambda m: f"{m[1] + ' ' if m[1] else ''}{m[2] or m[4]}/{m[3] or m[5]}", text)
 
 # %% ../nbs/lib/answers.ipynb #4fc62ab0
+_DIGITS = 10_000 # of the longest number that is read
+_TOO_LARGE = 10**_DIGITS
+
 def _value(m: re.Match) -> Fraction | None:
-    "Exact value of a match of `NUMBER`; None for a zero denominator or an absurd exponent."
+    "Exact value of a match of `NUMBER`; None for a zero denominator and where more than `_DIGITS` digits are needed."
     power = m["power"] or "0"
-    if len(power.lstrip("+-")) > 4: return None
+    if len(power.lstrip("+-")) > 4 or any(part and len(part) > _DIGITS for part in m.groups()): return None
     value = Fraction(Decimal(m["top"].replace(",", ""))) * Fraction(10) ** int(power)
     if m["bottom"]:
         bottom = Fraction(Decimal(m["bottom"].replace(",", "")))
         if not bottom: return None
         value /= bottom
     if m["whole"]: value += Fraction(Decimal(m["whole"]))
+    if max(abs(value.numerator), value.denominator) >= _TOO_LARGE: return None
     return -value if "-" in (m["sign"], m["sign2"]) else value
 
 # %% ../nbs/lib/answers.ipynb #e6e34fbe
+def _numbers(text: str, start: int = 0) -> Iterator[tuple[re.Match, Fraction]]:
+    "The numbers of a text in `plain` spelling, from a position on, each worked out when it is asked for."
+    return ((m, value) for m in NUMBER.finditer(text, start) if (value := _value(m)) is not None)
+
 def find_numbers(
     text: str, # any text
 ) -> list[tuple[int, int, Fraction]]: # start, end and value of each number, positions in `plain(text)`
     "All numbers of a text in order. Percent signs and units are not part of the value."
-    return [(m.start(), m.end(), v) for m in NUMBER.finditer(plain(text)) if (v := _value(m)) is not None]
+    return [(m.start(), m.end(), value) for m, value in _numbers(plain(text))]
 
 # %% ../nbs/lib/answers.ipynb #17f80ee6
 _CLAUSE_END = re.compile(r"(?<=[0-9A-Za-z%]) \(|[,;.!?](?=\s)")
+_CONTINUED = re.compile(r"\S*[0-9]|(?:\s?[^\w\s(])*+\s?[0-9]|"
+                        r"\s?(?:dozen|hundred|thousand|[mb]illion)s?\b", re.IGNORECASE)
 
 def read_answer(
     line: str, # one line of text, as it stands behind a marker
+    alone: bool = False, # nothing where more of a number follows, as in `3,50`
 ) -> Fraction | None: # the number it states, None when it holds none
     "The result of the first clause's equation, else the first number of the line."
     line = plain(line)
-    found = find_numbers(line)
-    if not found: return None
-    end = _CLAUSE_END.search(line, found[0][1])
-    clause = line[:end.start()] if end else line
-    result = clause.rfind("=")
-    return next((v for start, _, v in found if result < start < len(clause)), found[0][2])
+    first = next(_numbers(line), None)
+    if first is None: return None
+    clause_end = _CLAUSE_END.search(line, first[0].end())
+    end = clause_end.start() if clause_end else len(line)
+    result = next(_numbers(line, line.rfind("=", 0, end) + 1), first)
+    number, value = result if result[0].start() < end else first
+    return None if alone and _CONTINUED.match(line, number.end()) else value
 
 # %% ../nbs/lib/answers.ipynb #c164ec38
 _ANSWER = re.compile(r"(?<![0-9A-Za-z])answer[ *_`]{0,8}[:：]", re.IGNORECASE)
-_WORDS = re.compile(r"[^\n]*[0-9A-Za-z½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞０-９][^\n]*")
+_CONTENT = re.compile(r"[0-9A-Za-z½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞０-９]")
+
+def _next_line(text, start):
+    "The rest of the line at `start` if it holds a letter or a digit, else the next line that does, else an empty text."
+    content = _CONTENT.search(text, start)
+    if content is None: return ""
+    return text[max(start, text.rfind("\n", start, content.start()) + 1):].partition("\n")[0]
 
 def _last_answer(text):
     "Last `Answer:` in any case, bold or not: (start, the line behind it)."
     marker = None
     for marker in _ANSWER.finditer(text): pass
-    if marker is None: return None
-    line = _WORDS.search(text, marker.end())
-    return marker.start(), line[0] if line else ""
+    return None if marker is None else (marker.start(), _next_line(text, marker.end()))
 
 # %% ../nbs/lib/answers.ipynb #98e69cbb
 _LETTER = re.compile(r"[^\W\d_]")
@@ -88,8 +105,7 @@ def _last_hashes(text):
     "Last `####`: (start, the line behind it), the line empty where a word comes before the number."
     start = text.rfind("####")
     if start < 0: return None
-    line = _WORDS.search(text, start + 4)
-    line = plain(line[0]) if line else ""
+    line = plain(_next_line(text, start + 4))
     number = NUMBER.search(line)
     return start, "" if number is None or _LETTER.search(line, 0, number.start()) else line
 
@@ -134,16 +150,24 @@ def with_thought(
 # %% ../nbs/lib/answers.ipynb #65525891
 def find_answer(
     text: str, # a solution
+    alone: bool = False, # as in `read_answer`
 ) -> tuple[int, Fraction] | None: # where the marker starts and the number it announces; None without such a marker
     "The marker that decides: last `Answer:`, then last `####`, then last `\\boxed{}`, whichever first announces a number."
     spoken = said(text)
     for rule in (_last_answer, _last_hashes, _last_box):
         marker = rule(spoken)
-        if marker is not None and (value := read_answer(marker[1])) is not None: return len(text) - len(spoken) + marker[0], value
+        value = marker and read_answer(marker[1], alone)
+        if value is not None: return len(text) - len(spoken) + marker[0], value
     return None
 
 # %% ../nbs/lib/answers.ipynb #4db6b225
 MODES = ("flexible", "strict")
+
+def _last_number(line: str) -> Fraction | None:
+    "The value of the last number of a line; only that one is worked out."
+    line = plain(line)
+    starts = [m.start() for m in NUMBER.finditer(line)]
+    return next((value for start in reversed(starts) if (value := _value(NUMBER.match(line, start))) is not None), None)
 
 def extract_answer(
     text: str, # a solution
@@ -156,8 +180,8 @@ def extract_answer(
     found = find_answer(text)
     if found: return found[1]
     if mode == "strict": return None
-    lines = (find_numbers(line) for line in reversed(said(text).split("\n")))
-    return next((numbers[-1][2] for numbers in lines if numbers), None)
+    numbers = map(_last_number, reversed(said(text).split("\n")))
+    return next((number for number in numbers if number is not None), None)
 
 # %% ../nbs/lib/answers.ipynb #a39ea21a
 def split_reasoning(
@@ -174,7 +198,7 @@ def split_reasoning(
 def format_answer(
     value: Fraction | int | None, # an exact number or nothing
 ) -> str | None: # "18", "-3", "1/2" or None
-    "Canonical text of an answer, any number of digits."
+    "Canonical text of an answer, every digit of it."
     if value is None: return None
     top, bottom = (format(Decimal(n), "f") for n in (value.numerator, value.denominator))
     return top if bottom == "1" else f"{top}/{bottom}"

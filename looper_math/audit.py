@@ -7,7 +7,7 @@ __all__ = ['FINDINGS', 'LM_EVAL', 'field', 'read_log', 'echoed', 'shared_answers
            'Rescored', 'rescore', 'Comparison', 'compare', 'contamination', 'contamination_table']
 
 # %% ../nbs/lib/audit.ipynb #ebe9c26d
-import json, os, re
+import json, math, numbers, re, reprlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +17,17 @@ import pandas as pd
 from .answers import extract_answer, find_numbers, parse_answer, same_answer
 from .data import gold_answer, load_questions
 from .grading import VERDICTS, grade
-from .records import RecordError, resolve
+from .records import RecordError, nearest, resolve
 from .stats import Paired, bootstrap_interval, paired
 
 # %% ../nbs/lib/audit.ipynb #fee9ad85
-def _paths(value, path: str = "", depth: int = 5) -> list[str]:
-    "Paths to the texts and numbers of a record."
-    if isinstance(value, dict) and depth: return [p for k, v in value.items() for p in _paths(v, f"{path}.{k}" if path else k, depth - 1)]
-    if isinstance(value, list) and value and depth: return _paths(value[0], f"{path}[0]", depth - 1)
-    return [path]
+def _leaves(value, path: str = "", depth: int = 5) -> dict: # path → text, number, or what lies too deep
+    "The texts and numbers of a record, by their paths; of a list the first element stands for all."
+    if isinstance(value, dict) and depth:
+        inner = [_leaves(v, f"{path}.{k}" if path else str(k), depth - 1) for k, v in value.items()]
+        return {p: v for leaves in inner for p, v in leaves.items()}
+    if isinstance(value, list) and value and depth: return _leaves(value[0], f"{path}[0]", depth - 1)
+    return {path: value}
 
 def field(record: dict, path: str, where: str = "the record"):
     "The value at a path; raises `RecordError` with the paths that exist."
@@ -34,38 +36,75 @@ def field(record: dict, path: str, where: str = "the record"):
     for step in re.findall(r"[^.\[\]]+", path):
         try: value = value[int(step) if isinstance(value, list) else step]
         except (KeyError, IndexError, ValueError, TypeError):
-            raise RecordError(f"{where}: no field {path!r}; there are {', '.join(_paths(record))}. Name the right one") from None
+            there = ", ".join(_leaves(record))
+            raise RecordError(f"{where}: no field {path!r}; there are {there}. Name the right one") from None
     return value
+
+def _text_paths(record: dict, path: str, value) -> str:
+    "The paths to texts within a value, else the nearest path to one in the record: the end of an error message."
+    texts = lambda leaves: [p for p, v in leaves.items() if isinstance(v, str)]
+    within = texts(_leaves(value, path))
+    return f"; there is text at {', '.join(within)}" if within else nearest(path, texts(_leaves(record)))
+
+def _text(record: dict, path: str, where: str, number: bool = False) -> str:
+    "A field that must be text and not blank, or may be blank or a number too; raises `RecordError` on anything else."
+    value = field(record, path, where)
+    if isinstance(value, str) and (number or value.strip()): return value
+    finite = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    if number and finite: return str(value)
+    kind = "text or a number" if number else "text"
+    hint = _text_paths(record, path, value)
+    raise RecordError(f"{where}: field {path!r} must be {kind}, got {reprlib.repr(value)}{hint}")
 
 # %% ../nbs/lib/audit.ipynb #f49cf7c3
 def read_log(path: str | Path) -> list[dict]:
-    "The records of a JSON-lines log; raises `RecordError` at the first line that is none."
-    records = []
-    with resolve(path).open("rb") as f:
+    "The records of a JSON-lines log; raises `RecordError` at the first line that is none, and on a folder."
+    file, records = resolve(path), []
+    if file.is_dir():
+        logs = ", ".join(sorted(p.name for p in file.glob("*.jsonl"))[:8])
+        raise RecordError(f"{path}: a folder, and a log is a file of JSON lines. Name one: {logs or 'there is none'}")
+    with file.open("rb") as f:
         for k, line in enumerate(f, 1):
             if not line.strip(): continue
             try: record = json.loads(line)
-            except ValueError: record = None
-            if not isinstance(record, dict): raise RecordError(f"{path}, line {k}: expected one JSON object a line, got {line[:60]!r}; if it is the last line, its writer was cut off: remove it")
+            except (ValueError, RecursionError): record = None # a recursion error: nested too deep
+            if not isinstance(record, dict):
+                raise RecordError(f"{path}, line {k}: expected one JSON object a line, got {line[:60]!r}; "
+                                  "if it is the last line, its writer was cut off: remove it")
             records.append(record)
     if not records: raise RecordError(f"{path}: the log is empty")
     return records
 
 # %% ../nbs/lib/audit.ipynb #44fa4b62
-_LEAST, _LABEL = 6, 20 # characters: the shortest end of a prompt that is no accident; the longest label before it
+# Characters without blanks: the shortest end of a prompt, and the shortest whole one, whose repetition is no accident.
+_LEAST, _WHOLE = 6, 20
+_SENTENCE_END = re.compile(r"(?<=[.!?:])\s+|\n+")
+
+def _overlap(head: str, tail: str) -> int:
+    "Length of the longest beginning of `head` that is an end of `tail`, by Knuth, Morris and Pratt in linear time."
+    size = min(len(head), len(tail))
+    text = [*head[:size], None, *tail[len(tail) - size:]]
+    borders, length = [0], 0
+    for character in text[1:]:
+        while length and character != text[length]: length = borders[length - 1]
+        length += character == text[length]
+        borders.append(length)
+    return length
+
+def _echo(completion: str, prompt: str) -> tuple[int, int]: # where the echo starts and ends, (0, 0) without one
+    "The place where a completion repeats its prompt: the whole of it anywhere, or its end at the beginning."
+    text, asked, last = ("".join(t.split()) for t in (completion, prompt, _SENTENCE_END.split(prompt.rstrip())[-1]))
+    start, size = text.find(asked) if len(asked) >= _WHOLE else -1, len(asked)
+    if start < 0:
+        start, size = 0, _overlap(text, asked) if text[:_LEAST] in asked else 0
+        if size < _LEAST or size == len(last) < len(asked): return 0, 0
+    places = [i for i, character in enumerate(completion) if not character.isspace()]
+    return places[start], places[start + size - 1] + 1
 
 def echoed(completion: str, prompt: str # the prompt, or the question where only that is known
-          ) -> int: # characters of the completion that repeat the prompt, 0 if none do
-    "Length of the head of a completion that repeats the end of its prompt."
-    prompt = prompt.rstrip()
-    tail = prompt[-_LEAST:]
-    end = completion.rfind(tail, 0, len(prompt) + _LABEL + _LEAST) if len(tail) == _LEAST else -1
-    while end >= 0:
-        head = completion[:end + _LEAST]
-        common = len(os.path.commonprefix([head.strip()[::-1], prompt[::-1]]))
-        if len(head.strip()) - common <= (_LABEL if common > 2*_LABEL else 0): return len(head)
-        end = completion.rfind(tail, 0, end)
-    return 0
+          ) -> int: # characters up to the end of the echo, 0 if there is none
+    "Length of the head of a completion that repeats its prompt, with all that stands before the echo."
+    return _echo(completion, prompt)[1]
 
 # %% ../nbs/lib/audit.ipynb #d51ef599
 _SHARE = .02 # of the completions, at least three, hold a line before it counts as the instruction's
@@ -95,30 +134,48 @@ def unsafe_gold(text: str # a worked solution, or a bare number
     return value is None or simple is None or not same_answer(simple[0], value)
 
 # %% ../nbs/lib/audit.ipynb #91df0287
-_FULL_STOP = re.compile(r"[.!?…)\]}\"'”’*]\s*$")
-_LABELLED = re.compile(r"(?:^|\n)\W*[A-Za-z][A-Za-z ]{0,20}[:：]\s*\S*[0-9]\S*\s*$") # a last line such as `A: 26`
+_FULL_STOPS = tuple(".!?…)]}\"'”’*")
+_LABELLED = re.compile(r"\W*+[A-Za-z][A-Za-z ]{0,20}[:：]\s*+(\S++)\s*+") # a last line such as `A: 26`
+_DIGIT = re.compile("[0-9]")
 
 def announces(text: str) -> bool:
     "Whether a completion announces an answer, or is nothing but one."
     return extract_answer(text, "strict") is not None or parse_answer(text) is not None
 
+def _ends_in_label(text: str) -> bool:
+    "Whether a text ends in a label and its number, in one line or in two."
+    last = [line for line in text.split("\n") if line.strip()][-2:]
+    labels = (_LABELLED.fullmatch("\n".join(last[k:])) for k in range(len(last)))
+    return any(label and _DIGIT.search(label[1]) for label in labels)
+
 def cut_off(text: str, finish # the log's word for why generation ended, None where it has none
            ) -> bool:
     "Whether a completion was, or looks, cut off."
     if finish is not None: return str(finish).lower() in ("length", "max_tokens", "max_length")
-    return not (announces(text) or _FULL_STOP.search(text) or _LABELLED.search(text))
+    return not (announces(text) or text.rstrip().endswith(_FULL_STOPS) or _ends_in_label(text))
 
 # %% ../nbs/lib/audit.ipynb #c8cf642e
-FINDINGS = ("prompt echo", "cut off", "no answer", "no announced answer", "instruction number", "same wrong answer", "gold does not round-trip", "unreadable gold", "duplicate question",
-            "recorded verdict differs", "graders disagree", "unknown question", "gold differs from the reference", "other order")
+FINDINGS = ("prompt echo", "cut off", "no answer", "no announced answer", "instruction number", "same wrong answer",
+            "gold does not round-trip", "unreadable gold", "duplicate question", "recorded verdict differs",
+            "graders disagree", "unknown question", "gold differs from the reference", "other order")
+_LINE = re.compile(r"[^\n]+")
+
+def _body_start(row: dict, shared: dict) -> int:
+    "Where the solution begins: behind the echo of the prompt and the shared lines that follow it."
+    text, question, prompt = row["completion"], row["question"], row["prompt"]
+    echoes = (_echo(text, asked) for asked in (prompt, question + prompt.partition(question)[2], question))
+    start, end = max(echoes, key=lambda echo: echo[1])
+    if announces(text[:start]) and extract_answer(text[end:]) is None: return 0 # the solution stands before it
+    for line in _LINE.finditer(text, end) if end else ():
+        if line[0].strip() not in shared: break
+        end = line.start() + len(line[0].rstrip())
+    return end
 
 def _audit(row: dict, # question, gold_text, completion, prompt, recorded, finish
            shared: dict, # as `shared_answers` gives it
            instruction: str) -> dict: # the row of the table; `found` lists its findings
     "Grade one row again, without the echo, and note what is wrong with it."
-    text, question = row["completion"], row["question"]
-    cut = max(echoed(text, row["prompt"]), echoed(text, question))
-    while cut and (line := text[cut:].lstrip("\n").partition("\n")[0].strip()) and line in shared: cut = text.index(line, cut) + len(line)
+    text, question, cut = row["completion"], row["question"], _body_start(row, shared)
     body, gold = text[cut:], gold_answer(row["gold_text"])
     verdicts = grade(body, gold, row["prompt"])
     foreign = _numbers(row["prompt"].replace(question, "") + "\n" + instruction) | set(shared.values())
@@ -129,7 +186,8 @@ def _audit(row: dict, # question, gold_text, completion, prompt, recorded, finis
              "unreadable gold": gold is None, "gold does not round-trip": unsafe_gold(row["gold_text"]),
              "recorded verdict differs": row["recorded"] is not None and row["recorded"] != verdicts["correct"],
              "graders disagree": len({verdicts[v] for v in VERDICTS}) > 1}
-    return {"question": question, "gold": gold, "completion": text, **verdicts, "recorded": row["recorded"], "echo": text[:cut], "found": [f for f in found if found[f]]}
+    return {"question": question, "gold": gold, "completion": text, **verdicts, "recorded": row["recorded"],
+            "echo": text[:cut], "found": [f for f in found if found[f]]}
 
 # %% ../nbs/lib/audit.ipynb #fba584c9
 @dataclass(frozen=True)
@@ -202,39 +260,61 @@ _WORDS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0
 
 def _recorded(value, where: str) -> bool | None:
     "A log's own verdict; raises `RecordError` on a share or on a word that is none."
-    if value is None or value != value: return None # NaN, in a table
-    if str(value).lower() not in _WORDS: raise RecordError(f"{where}: a verdict must be true or false, 1 or 0, got {value!r}. Name another field with verdict=…")
-    return _WORDS[str(value).lower()]
+    if value is None: return None
+    if (word := str(value).lower()) in _WORDS: return _WORDS[word]
+    raise RecordError(f"{where}: a verdict must be true or false, 1 or 0, got {reprlib.repr(value)}. "
+                      "Name another field with verdict=…")
 
-def _prompt(value) -> str:
-    "A prompt as one text, also where it is a list of chat messages."
-    if isinstance(value, list): return "\n".join(str(m["content"]) if isinstance(m, dict) else str(m) for m in value)
-    return value or ""
+def _prompt(value, where: str) -> str:
+    "A prompt as one text, also where it is a list of chat messages; raises `RecordError` on anything else."
+    if value is None or isinstance(value, str): return value or ""
+    texts = [m.get("content") if isinstance(m, dict) else m for m in value] if isinstance(value, list) else [None]
+    if all(isinstance(text, str) for text in texts): return "\n".join(texts)
+    raise RecordError(f"{where}: a prompt must be text, or a list of messages that hold text as 'content', got "
+                      f"{reprlib.repr(value)}. Name another field with prompt=…")
+
+def _records(log) -> tuple[str, list[dict]]: # what to call the log, and its records
+    "The records of a file or of a table, whose empty cells become None."
+    if not isinstance(log, pd.DataFrame): return str(log), read_log(log)
+    if log.empty: raise RecordError("the table has no rows")
+    empty = lambda value: pd.api.types.is_scalar(value) and pd.isna(value)
+    return "the table", [{k: None if empty(v) else v for k, v in r.items()} for r in log.to_dict("records")]
+
+def _temperatures(records: dict[str, dict]) -> list | None: # None where no record has one
+    "The temperature of each record; raises `RecordError` where only some have one."
+    temperatures = {at: r.get("temperature") for at, r in records.items()}
+    without = [at for at, t in temperatures.items() if t is None]
+    if len(without) == len(records): return None
+    if without:
+        raise RecordError(f"{without[0]}: no field 'temperature', which other records have. Add it, or remove all")
+    return list(temperatures.values())
 
 def rescore(path, # a JSON-lines log, or its records as a DataFrame
             question: str = "question", gold: str = "gold", completion: str = "completion", # paths of fields
-            prompt: str | None = None, verdict: str | None = None, finish: str | None = None, # paths; `prompt`, `correct` and `finish_reason` where a log has them
+            # paths; `prompt`, `correct` and `finish_reason` where a log has them
+            prompt: str | None = None, verdict: str | None = None, finish: str | None = None,
             where: dict | None = None, # only records with these values, such as {"filter": "strict-match"}
             instruction: str = "", # what every prompt says beside the question, if no field holds it
             reference: str = "" # a data file or name, see `load_questions`
            ) -> Rescored:
-    "Grade a log again and audit it; raises `RecordError` on a field that is not there."
-    records = path.to_dict("records") if isinstance(path, pd.DataFrame) else read_log(path)
-    records = [r for r in records if all(field(r, k) == v for k, v in (where or {}).items())]
-    if not records: raise RecordError(f"{path}: no record has {where}")
-    rows = []
-    for k, r in enumerate(records):
-        at = f"{'the table' if isinstance(path, pd.DataFrame) else path}, record {k}"
-        rows.append({"question": str(field(r, question, at)), "gold_text": str(field(r, gold, at)), "completion": str(field(r, completion, at) or ""),
-                     "prompt": _prompt(_optional(r, prompt, "prompt", at)), "recorded": _recorded(_optional(r, verdict, "correct", at), at), "finish": _optional(r, finish, "finish_reason", at)})
+    "Grade a log again and audit it; raises `RecordError` on a field that is not there or that is no text."
+    source, records = _records(path)
+    records = {f"{source}, record {k}": r for k, r in enumerate(records)}
+    records = {at: r for at, r in records.items() if all(field(r, k, at) == v for k, v in (where or {}).items())}
+    if not records: raise RecordError(f"{source}: no record has {where}")
+    rows = [{"question": _text(r, question, at), "gold_text": _text(r, gold, at, number=True),
+             "completion": _text(r, completion, at, number=True),
+             "prompt": _prompt(_optional(r, prompt, "prompt", at), at),
+             "recorded": _recorded(_optional(r, verdict, "correct", at), at),
+             "finish": _optional(r, finish, "finish_reason", at)} for at, r in records.items()]
     shared = shared_answers([r["completion"] for r in rows], [gold_answer(r["gold_text"]) for r in rows])
     table = pd.DataFrame([_audit(r, shared, instruction) for r in rows]).astype({v: bool for v in VERDICTS})
-    if "temperature" in records[0]: table["temperature"] = [r["temperature"] for r in records]
+    if temperatures := _temperatures(records): table["temperature"] = temperatures
     for found, twice in zip(table.found, table.question.map(_key).duplicated()):
         if twice: found.append("duplicate question")
     for i in _repeated(table): table.found[i].append("same wrong answer")
-    missing = _against(table, reference) if reference else []
-    return Rescored("the table" if isinstance(path, pd.DataFrame) else Path(path).stem, table, _findings(table) | ({"missing from the log": missing} if reference else {}))
+    missing = {"missing from the log": _against(table, reference)} if reference else {}
+    return Rescored(source if isinstance(path, pd.DataFrame) else Path(path).stem, table, _findings(table) | missing)
 
 # %% ../nbs/lib/audit.ipynb #445680ef
 LM_EVAL = {"question": "doc.question", "gold": "doc.answer", "completion": "resps[0][0]", "prompt": "arguments.gen_args_0.arg_0", "verdict": "exact_match"}
@@ -276,18 +356,26 @@ def _side(log, fields: dict) -> tuple[str, pd.DataFrame]: # a name, and one row 
     "A log to be compared: a path, a `Rescored`, or a table that has verdicts already."
     if isinstance(log, Rescored): return log.name, log.table
     if not isinstance(log, pd.DataFrame): return _side(rescore(log, **fields), fields)
-    if missing := [c for c in ("question", "correct") if c not in log]: raise RecordError(f"a table to compare needs the columns question and correct; {', '.join(missing)} is missing")
+    missing = ", ".join(c for c in ("question", "correct") if c not in log)
+    if missing: raise RecordError(f"a table to compare needs the columns question and correct; {missing} is missing")
     return "", log
+
+def _check_pair(a: pd.DataFrame, b: pd.DataFrame, by: str):
+    "Refuse a verdict that one of them lacks, and greedy answers beside sampled ones."
+    both = [verdict for verdict in VERDICTS if verdict in a and verdict in b]
+    if by not in both: raise ValueError(f"by={by!r}: no verdict that both logs hold{nearest(str(by), both)}")
+    if "temperature" in a and "temperature" in b and set(a.temperature) != set(b.temperature):
+        raise ValueError(f"sampled at temperatures {sorted(set(a.temperature))} and {sorted(set(b.temperature))}: "
+                         "greedy and sampled answers are not compared")
 
 def compare(a, b, # paths of logs, which are scored again; what `rescore` made of them; or tables with `question` and `correct`
             by: str = "correct", # one of `VERDICTS`
             names: tuple[str, str] | None = None,
             **fields # for paths, as `rescore` takes them
            ) -> Comparison: # b against a
-    "Pair two logs by question; raises `ValueError` when they share none, or when one is greedy and the other sampled."
+    "Pair two logs by question; raises `ValueError` when they share none, lack `by`, or are greedy and sampled."
     (name_a, a), (name_b, b) = _side(a, fields), _side(b, fields)
-    if "temperature" in a and "temperature" in b and set(a.temperature) != set(b.temperature):
-        raise ValueError(f"sampled at temperatures {sorted(set(a.temperature))} and {sorted(set(b.temperature))}: greedy and sampled answers are not compared")
+    _check_pair(a, b, by)
     key_a, key_b = a.question.map(_key), b.question.map(_key)
     once_a, once_b = a[~key_a.duplicated()].set_index(key_a[~key_a.duplicated()]), b[~key_b.duplicated()].set_index(key_b[~key_b.duplicated()])
     both = [k for k in once_a.index if k in once_b.index]

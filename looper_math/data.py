@@ -11,7 +11,8 @@ import difflib, hashlib, json, re
 from collections.abc import Sequence
 from pathlib import Path
 
-from .answers import THINK, THOUGHT, extract_answer, format_answer, opens_thought, parse_answer, split_reasoning, with_thought
+from .answers import (THINK, THOUGHT, extract_answer, find_answer, format_answer, opens_thought, parse_answer,
+                                 read_answer, split_reasoning, with_thought)
 from .prompts import CANONICAL, TEMPLATE, build_prompt
 from .records import resolve
 
@@ -22,10 +23,11 @@ def question_id(question: str) -> str: # 16 hexadecimal digits
 
 # %% ../nbs/lib/data.ipynb #6274184b
 def gold_answer(answer: str # a worked solution, or a bare number
-               ) -> str | None: # canonical text such as "1250", None when the answer states no number
+               ) -> str | None: # canonical text such as "1250", None for no number and for a doubtful one
     "The right answer that a solution of a data file announces."
-    value = extract_answer(answer, mode="strict")
-    return format_answer(value if value is not None else parse_answer(answer))
+    announced, bare = find_answer(answer), parse_answer(answer)
+    if announced: return format_answer(announced[1]) if find_answer(answer, alone=True) == announced else None
+    return format_answer(bare) if read_answer(answer, alone=True) == bare else None
 
 # %% ../nbs/lib/data.ipynb #9d60c6a9
 class DataError(ValueError):

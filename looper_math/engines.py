@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, GenerationConfig
+from transformers import GenerationConfig
 
 from . import decoding, models, serving
 from .records import require
@@ -56,7 +56,7 @@ def tokenize(requests: list[Request], tokenizer,
 def generation_settings(folder: str): # a `GenerationConfig`
     "The generation settings of a model's folder: its own file, else what its configuration says."
     if (Path(folder)/"generation_config.json").exists(): return GenerationConfig.from_pretrained(folder)
-    return GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder))
+    return GenerationConfig.from_model_config(models.load_config(folder))
 
 def end_tokens(settings: GenerationConfig, tokenizer) -> list[int]: # token ids
     "Every token that ends a completion."
@@ -126,7 +126,7 @@ def opened(engine: str,         # auto, transformers or vllm
     if choose_engine(engine) == "vllm":
         folder = models.source(base)
         ends = end_tokens(generation_settings(folder), tokenizer)
-        room = min(max_length, AutoConfig.from_pretrained(folder).max_position_embeddings)
+        room = min(max_length, models.load_config(base).max_position_embeddings)
         with serving.served(folder, adapter, dtype, room, ends) as run:
             yield lambda requests, on_done=None: answer(requests, run, tokenizer, ends, room, on_done)
     else:

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['STYLES', 'STOPS', 'EvalSettings', 'location', 'base_and_adapter', 'few_shot', 'clip', 'row', 'Job', 'plan', 'path_of',
-           'requests_for', 'chunks_of', 'answer', 'gather', 'main', 'open_phase', 'finish', 'run_phase', 'label',
-           'compared', 'tests_of', 'warning_of_drop', 'metrics_of', 'ladder', 'sides', 'by_arm']
+           'requests_for', 'chunks_of', 'answer', 'gather', 'covered', 'with_earlier', 'joined', 'open_phase', 'main',
+           'finish', 'run_phase', 'label', 'compared', 'tests_of', 'warning_of_drop', 'metrics_of', 'ladder', 'sides',
+           'by_arm']
 
 # %% ../nbs/05_eval.ipynb #d78b2c78
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +23,8 @@ from .audit import Comparison, compare, rescore
 from .data import check_disjoint, load_questions
 from .grading import VERDICTS, count, grade, sampled
 from .prompts import build_prompt
-from .records import Phase, RecordError, RecordWriter, existing, read_records, require, resolve, run_folder, settings
+from .records import (Phase, RecordError, RecordWriter, RunConflict, existing, read_json, read_records,
+                                 read_sealed, require, resolve, run_folder, seal, settings)
 from .report import located
 from .stats import holm, p_text, wilson
 
@@ -198,7 +200,8 @@ def answer(s: EvalSettings, job: Job, generate, chunks: list[list[dict]], shots:
             asked = {r.id: (q, name, r) for q in questions for name, r in requests_for(s, job.style, q, shots)}
             def on_done(finished):
                 made = [(c, *asked[c.id]) for c in (map(clip, finished) if job.style == "five-shot" else finished)]
-                writer.append([row(q, c, job.model, job.style, name, r.temperature, r.prompt) for c, q, name, r in made if (q["question_id"], name) not in done])
+                writer.append([seal(row(q, c, job.model, job.style, name, r.temperature, r.prompt))
+                               for c, q, name, r in made if (q["question_id"], name) not in done])
                 bar.update(len(finished))
             generate([r for _, _, r in asked.values()], on_done=on_done)
 
@@ -209,9 +212,10 @@ def gather(path: Path) -> dict[tuple[str, str], dict]: # (question id, sample) â
     files = [p for p in (path, part, *shards) if p.exists()]
     for file in files:
         with RecordWriter(file): pass                                # cuts off a torn last line
-    rows = {(r["question_id"], r["sample"]): r for file in files for r in read_records(file, _FIELDS)}
+    read = lambda file: (read_records if file == path else read_sealed)(file, _FIELDS)
+    rows = {(r["question_id"], r["sample"]): r for file in files for r in read(file)}
     if shards:
-        _write(part, rows.values())
+        _write(part, map(seal, rows.values()))
         for shard in shards: shard.unlink()
     return rows
 
@@ -221,6 +225,60 @@ def _write(path: Path, rows):
     draft.unlink(missing_ok=True)
     with RecordWriter(draft) as writer: writer.append(list(rows))
     draft.replace(path)
+
+# %% ../nbs/05_eval.ipynb #36e80aee
+def covered(s: EvalSettings, parameters: dict # of a manifest
+           ) -> EvalSettings:
+    "The settings with the models and comparisons that a manifest covers."
+    return replace(s, models=parameters["models"], comparisons=parameters["comparisons"])
+
+def with_earlier(s: EvalSettings, noted: dict # parameters of the evaluation that is in the folder
+                ) -> EvalSettings:
+    "The settings with earlier models in front; raises `RunConflict` when a name or the comparisons changed."
+    for name in s.models.keys() & noted["models"].keys():
+        if located(s.run, noted["models"][name]) != location(s, name):
+            raise RunConflict(f"{s.folder}: model {name!r} is {noted['models'][name]!r} there and {s.models[name]!r} "
+                              "now; give the new model another name, or take another run name")
+    models = noted["models"] | {n: v for n, v in s.models.items() if n not in noted["models"]}
+    return replace(s, models=models, comparisons=_comparisons(replace(s, models=models), noted["comparisons"]))
+
+def _comparisons(s: EvalSettings, earlier: list) -> list:
+    "Earlier and new pairs; raises `RunConflict` when one of the two is empty and would give other pairs."
+    if bool(earlier) == bool(s.comparisons): return earlier + [p for p in s.comparisons if p not in earlier]
+    if replace(s, comparisons=earlier).pairs == s.pairs: return earlier
+    raise RunConflict(f"{s.folder}: comparisons are {earlier} there and {s.comparisons} now; "
+                      "give pairs in both evaluations, or [] in both")
+
+def joined(s: EvalSettings) -> EvalSettings:
+    "The settings with the models that are in the run's folder already; raises as `with_earlier` does."
+    noted = s.folder/"started.json"
+    return with_earlier(s, read_json(noted)["parameters"]) if noted.exists() else s
+
+# %% ../nbs/05_eval.ipynb #a45e74d7
+def open_phase(s: EvalSettings) -> Phase:
+    "Phase 5 of the run with all of its models so far; refuses a folder that another configuration made."
+    s = joined(s)
+    inputs = existing(base=s.base, questions=s.questions, harder=s.harder, train=s.train, practice=s.practice)
+    models = {f"model_{name}": location(s, name) for name in s.models}
+    phase = Phase("05_eval", s, inputs | existing(**models), machine=("n_gpu", "batch_size"),
+                  own=("models", "comparisons", *models))
+    _refuse_changed_models(s, phase.config["inputs"])
+    return phase
+
+def _refuse_changed_models(s: EvalSettings, inputs: dict[str, str]): # name â†’ hash
+    "Raise `RunConflict` when a model that has answers in the folder is no longer the one that gave them."
+    noted = s.folder/"started.json"
+    if not noted.exists(): return
+    old = read_json(noted)
+    for name in old["parameters"]["models"]:
+        if old["inputs"].get(f"model_{name}") != inputs.get(f"model_{name}"):
+            raise RunConflict(f"{s.folder}: {location(s, name)} has changed since it was evaluated there as {name!r}; "
+                              "take another run name, or delete that folder to evaluate all models again")
+
+def _covers(parameters: dict, s: EvalSettings) -> bool:
+    "Whether a manifest's parameters have all models and comparisons of the settings."
+    pairs = set(covered(s, parameters).pairs)
+    return s.models.keys() <= parameters["models"].keys() and all(tuple(pair) in pairs for pair in s.comparisons)
 
 # %% ../nbs/05_eval.ipynb #f9203f0e
 def main(s: EvalSettings):
@@ -239,11 +297,6 @@ def main(s: EvalSettings):
             for job, chunks, done, shard in todo: answer(s, job, generate, chunks, shots, done, shard)
 
 # %% ../nbs/05_eval.ipynb #b628b400
-def open_phase(s: EvalSettings) -> Phase:
-    "Phase 5 of the run; refuses a folder that another configuration made."
-    inputs = existing(base=s.base, questions=s.questions, harder=s.harder, train=s.train, practice=s.practice)
-    return Phase("05_eval", s, inputs | existing(**{f"model_{m}": location(s, m) for m in s.models}), machine=("n_gpu", "batch_size"))
-
 def finish(s: EvalSettings, job: Job, questions: list[dict]) -> pd.DataFrame:
     "The job's rows in the order of the questions, in their final file; raises `RecordError` when some are missing."
     path, rows = path_of(s, *job), gather(path_of(s, *job))
@@ -254,9 +307,12 @@ def finish(s: EvalSettings, job: Job, questions: list[dict]) -> pd.DataFrame:
     return pd.DataFrame([rows[k] for k in keys])
 
 def run_phase(s: EvalSettings) -> dict: # the manifest
-    "Phase 5 from start or from where it was left; does nothing when it is done."
+    "Phase 5 from start or from where it was left; does nothing when these models and comparisons are done."
     phase = open_phase(s)
-    if phase.manifest: return phase.manifest
+    done = phase.manifest
+    if done and _covers(done["parameters"], s): return done
+    if done: phase.start -= done["seconds"]   # the seconds of all models
+    s = joined(s)
     sets = _question_sets(s)
     for used in (s.train, s.practice):
         for name, held_out in sets.items(): check_disjoint(load_questions(used), held_out, used, s.sets[name])

@@ -9,7 +9,6 @@ __all__ = ['VERDICTS', 'ERRORS', 'platinum_answer', 'agrees_by_math_verify', 'gr
 # %% ../nbs/lib/grading.ipynb #092c5074
 import re
 from collections.abc import Iterable
-from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
 
@@ -21,7 +20,7 @@ from .ledger import equations
 from .stats import maj_at_k, mean_interval, pass_at_k
 
 # %% ../nbs/lib/grading.ipynb #a1f94fdb
-_PLATINUM_NUMBER = re.compile(r"-?[0-9.]*[0-9]")
+_PLATINUM_NUMBER = re.compile(r"(?:-|(?<![0-9.]))(?:\.*+[0-9]++)++")
 _PLATINUM_BOX = re.compile(r"\\boxed\{(?:\\text\{)?([^\\{}]+)\}")
 
 def platinum_answer(
@@ -36,18 +35,20 @@ def platinum_answer(
         section = cleaned.strip("\n").rpartition("\n")[2]
         box = _PLATINUM_BOX.search(cleaned)
     number = _PLATINUM_NUMBER.search((box[1] if box else section).replace(",", ""))
-    return Fraction(Decimal(number[0])) if number and number[0].count(".") < 2 else None
+    return parse_answer(number[0]) if number and number[0].count(".") < 2 else None
 
 # %% ../nbs/lib/grading.ipynb #b32ec0a7
+_LAST = 4000 # characters that math-verify reads
+
 @lru_cache(2**14)
 def _gold_expressions(gold: str) -> tuple: # canonical gold, as math-verify reads it
     return tuple(math_verify.parse(f"${gold}$"))
 
-def agrees_by_math_verify(text: str, # a completion
+def agrees_by_math_verify(text: str, # a completion, of which the end is read
                           gold: str # canonical, as `format_answer` writes it
                          ) -> bool:
-    "Whether math-verify finds an expression in the text that equals the gold answer. Works in the main thread only, which its time limit needs."
-    return bool(math_verify.verify(list(_gold_expressions(gold)), math_verify.parse(text)))
+    "Whether math-verify finds the gold answer in the text. Its time limit works in the main thread only."
+    return bool(math_verify.verify(list(_gold_expressions(gold)), math_verify.parse(text[-_LAST:])))
 
 # %% ../nbs/lib/grading.ipynb #eba39a2d
 VERDICTS = {"correct": "flexible", "correct_strict": "strict", "correct_platinum": "platinum", "correct_math_verify": "math-verify"} # field of a row → grader

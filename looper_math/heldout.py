@@ -77,10 +77,11 @@ def token_kl(model: PeftModel,
 
 # %% ../nbs/lib/heldout.ipynb #1d7f9f26
 def _wardrobe(base: str, stages: dict[str, Path | None], dtype: str) -> PeftModel:
-    "The base with the adapter of every stage, under the stage's name."
+    "The base with the adapter of every stage, under the stage's name; raises as `models.check_adapter` does."
     model = models.load_base(base, dtype)
     for stage, folder in stages.items():
         if folder is None: continue
+        models.check_adapter(base, folder)
         if isinstance(model, PeftModel): model.load_adapter(folder, stage)
         else: model = PeftModel.from_pretrained(model, folder, adapter_name=stage)
     return model.eval()

@@ -4,17 +4,22 @@
 
 # %% auto #0
 __all__ = ['ROOT', 'SHARED', 'resolve', 'SettingsError', 'nearest', 'settings', 'require', 'RecordError', 'iter_records',
-           'read_records', 'RecordWriter', 'write_json', 'read_json', 'sha256', 'existing', 'versions', 'git_commit',
-           'RunConflict', 'run_folder', 'Phase']
+           'read_records', 'RecordWriter', 'seal', 'read_sealed', 'write_json', 'read_json', 'sha256', 'existing',
+           'versions', 'git_commit', 'RunConflict', 'run_folder', 'verify_outputs', 'verify_output', 'Phase']
 
 # %% ../nbs/lib/records.ipynb #6a320f20
-import ast, dataclasses, difflib, fcntl, hashlib, importlib.metadata, json, os, shutil, subprocess, time, typing, warnings
+import ast, dataclasses, difflib, fcntl, hashlib, importlib.metadata, json, os, re, shutil, subprocess, time, typing
+import warnings, zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import looper_math
 
 # %% ../nbs/lib/records.ipynb #d4164d42
-ROOT = Path(looper_math.__path__[0]).resolve().parent  # the project's root
+_CHECKOUT = Path(looper_math.__path__[0]).resolve().parent
+# The project's root; where the package was installed from a wheel, the working directory.
+ROOT = _CHECKOUT if (_CHECKOUT/"nbs").is_dir() else Path.cwd()
 
 def resolve(path: str | Path) -> Path: # a path relative to the project's root, or an absolute one
     "The path as an absolute one."
@@ -43,6 +48,12 @@ def _injected(cells: list[str]) -> set[str]:
     trees = [ast.parse(c) for c in cells if c.startswith("# Parameters\n")]
     return {target.id for tree in trees for node in tree.body for target in node.targets}
 
+def _read_text(value, kind):
+    "A list or a dictionary that papermill's `-p` handed over as text; any other value as it is."
+    if kind not in (list, dict) or not isinstance(value, str): return value
+    try: return ast.literal_eval(value)
+    except (ValueError, SyntaxError): return value # refused by its type
+
 def settings(cls: type, # the phase's settings dataclass
              namespace: dict # the notebook's `globals()`, or just the parameters
             ): # an instance of `cls`
@@ -51,6 +62,7 @@ def settings(cls: type, # the phase's settings dataclass
     given = _injected(namespace["In"]) if "In" in namespace else set(namespace)
     for name in sorted(given - set(kinds) - set(SHARED)):
         raise SettingsError(f"{cls.__name__}: unknown parameter {name!r}{nearest(name, kinds)}")
+    namespace = {name: _read_text(value, kinds.get(name)) for name, value in namespace.items()}
     for name, kind in kinds.items():
         if name not in namespace: raise SettingsError(f"{cls.__name__}: parameter {name!r} is missing from the parameters cell")
         if not _is_type(namespace[name], kind):
@@ -74,6 +86,39 @@ def _check(record, where: str, fields: dict):
         if not _is_type(record[name], kind):
             raise RecordError(f"{where}: field {name!r} must be {kind.__name__}, got {record[name]!r:.80}")
 
+def _json(data: bytes):
+    "The JSON value of UTF-8 bytes; raises `ValueError`, also for a value that is nested too deeply."
+    try: return json.loads(data.decode())
+    except RecursionError: raise ValueError("the value is nested too deeply") from None
+
+_SUSPICIOUS = re.compile(rb"\\u[dD][89a-fA-F]|[0-9]{19}")   # the text of a line that `_unstorable` has to walk through
+
+def _unstorable(value, field: str) -> Iterator[str]: # sentences
+    "What a value holds that no other program can store."
+    if isinstance(value, dict):
+        for name, part in value.items():
+            yield from _unstorable(name, f"{field}, a name in it")
+            yield from _unstorable(part, f"{field}.{name}" if field else name)
+    elif isinstance(value, list):
+        for k, part in enumerate(value): yield from _unstorable(part, f"{field}[{k}]")
+    elif isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+        yield f"field {field!a} holds half of a surrogate pair, which no file can store; repair the text"
+    elif isinstance(value, int) and not -2**63 <= value < 2**63:
+        yield f"field {field!a} holds an integer of {len(str(abs(value)))} digits; expected one of at most 63 bits"
+
+_CUT_OFF = ("; the line has no line end: its writer was killed (then run the phase that writes this file again), "
+            "or the file was copied or edited incompletely (then restore it)")
+
+def _record(line: bytes, where: str):
+    "The JSON value of a line; raises `RecordError`."
+    try: record = _json(line)
+    except ValueError as e:
+        cut_off = "" if line.endswith(b"\n") else _CUT_OFF
+        raise RecordError(f"{where}: expected one JSON object a line, got {line[:60]!r} ({e}){cut_off}") from None
+    if _SUSPICIOUS.search(line):
+        for problem in _unstorable(record, ""): raise RecordError(f"{where}: {problem}")
+    return record
+
 def iter_records(path: str | Path, # JSON lines, UTF-8
                  fields: dict | None = None # required fields and their types
                 ): # yields one dict a line, in constant memory
@@ -82,11 +127,8 @@ def iter_records(path: str | Path, # JSON lines, UTF-8
     if not path.exists(): raise FileNotFoundError(f"{path}: no such record file; run the phase that writes it, or give another path")
     with path.open("rb") as f:
         for k, line in enumerate(f, 1):
-            where = f"{path}, line {k}"
-            if not line.endswith(b"\n"): raise RecordError(f"{where}: the line has no end, so a writer was cut off; resume the phase that writes this file")
-            try: record = json.loads(line)
-            except ValueError as e: raise RecordError(f"{where}: expected one JSON object a line, got {line[:60]!r} ({e})") from None
-            _check(record, where, fields or {})
+            record = _record(line, f"{path}, line {k}")
+            _check(record, f"{path}, line {k}", fields or {})
             yield record
 
 def read_records(path: str | Path, fields: dict | None = None) -> list[dict]:
@@ -94,12 +136,21 @@ def read_records(path: str | Path, fields: dict | None = None) -> list[dict]:
     return list(iter_records(path, fields))
 
 # %% ../nbs/lib/records.ipynb #0c091f09
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    "Say what to do when a file cannot be written; raises the `OSError` with that sentence."
+    try: yield
+    except OSError as e:
+        remedy = "Make room, or allow writing there, then run the same again"
+        raise OSError(e.errno, f"{path}: cannot be written ({e.strerror}). {remedy}") from e
+
 class RecordWriter:
     "Append-only writer of JSON lines: one writer a file, whole lines, synced per batch."
     def __init__(self, path: str | Path): # made if it is not there, with its folder
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = self.path.open("ab+", buffering=0)   # unbuffered: nothing half-written can stay behind in memory
+        with _writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = self.path.open("ab+", buffering=0)   # unbuffered: nothing half-written stays in memory
         try: fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.file.close()
@@ -132,31 +183,83 @@ class RecordWriter:
     def __enter__(self): return self
     def __exit__(self, *exc): self.file.close()
 
+# %% ../nbs/lib/records.ipynb #1e799561
+def _crc32(record: dict) -> int: return zlib.crc32(json.dumps(record, ensure_ascii=False).encode())
+
+def seal(record: dict) -> dict:
+    "The record with a checksum, as field `crc32`."
+    return record | {"crc32": _crc32(record)}
+
+def read_sealed(path: str | Path, fields: dict | None = None) -> list[dict]: # without the checksums
+    "Records that were written sealed; raises `RecordError` at the first bad line or wrong checksum."
+    records = read_records(path, (fields or {}) | {"crc32": int})
+    for k, record in enumerate(records, 1):
+        if record.pop("crc32") != _crc32(record):
+            raise RecordError(f"{path}, line {k}: the record was changed after it was written, its checksum differs; "
+                              "delete this line, and run the phase again to make the record anew")
+    return records
+
 # %% ../nbs/lib/records.ipynb #9dd2ec83
 def write_json(path: str | Path, value):
-    "Write `value` as indented JSON; the file appears by rename."
+    "Write `value` as indented JSON; the file appears by rename. Raises an `OSError` that says what to do."
     path, text = Path(path), json.dumps(value, indent=1, ensure_ascii=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + ".tmp")
-    with draft.open("w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    draft.replace(path)
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with draft.open("w", encoding="utf-8") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        draft.replace(path)
 
-def read_json(path: str | Path):
-    "The JSON value of a file."
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+def read_json(path: str | Path,
+              fields: dict | None = None # required fields and their types, where the value must be an object
+             ):
+    "The JSON value of a file; raises `RecordError` when it is no whole JSON or lacks a field."
+    path = Path(path)
+    whole = path.parent if path.name in ("started.json", "manifest.json") else path
+    remedy = f"restore the file, or delete {whole} to have it made again"
+    try: value = _json(path.read_bytes())
+    except ValueError as e: raise RecordError(f"{path}: not whole JSON ({e}); {remedy}") from None
+    if fields is not None:
+        try: _check(value, str(path), fields)
+        except RecordError as e: raise RecordError(f"{e}; {remedy}") from None
+    return value
 
 # %% ../nbs/lib/records.ipynb #d9b1e04d
-def sha256(path: str | Path) -> str: # a file, or a folder: the digest of its files' names and contents
-    "Hex digest of a file's bytes, or of a folder's whole content without checkpoints."
+_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "value_head.safetensors")   # the last one is PPO's
+_WITHOUT_EFFECT = ("base_model_name_or_path", "revision", "peft_version", "inference_mode", "auto_mapping")
+
+def _is_adapter(path: Path) -> bool: return (path/"adapter_config.json").is_file()
+
+def _adapter_settings(folder: Path) -> str: # JSON
+    "What decides how an adapter's weights are used, names in alphabetical order: peft writes a set as a list."
+    config = read_json(folder/"adapter_config.json", {})
+    names = lambda value: isinstance(value, list) and all(isinstance(x, str) for x in value)
+    kept = {k: sorted(v) if names(v) else v for k, v in config.items() if k not in _WITHOUT_EFFECT}
+    return json.dumps(kept, sort_keys=True)
+
+def _hashed_files(folder: Path) -> list[Path]:
+    "The files of a folder that its hash takes in: the weights of an adapter, else everything but checkpoints."
+    if _is_adapter(folder): return [folder/name for name in _WEIGHTS if (folder/name).is_file()]
+    in_checkpoint = lambda p: any(part.startswith("checkpoint-") for part in p.relative_to(folder).parts)
+    return [p for p in sorted(folder.rglob("*")) if p.is_file() and not in_checkpoint(p)]
+
+def _missing(path: Path) -> Path | None:
+    "The file or folder for want of which `path` has no hash."
+    if not path.exists(): return path
+    return path/_WEIGHTS[0] if _is_adapter(path) and not _hashed_files(path) else None
+
+def sha256(path: str | Path) -> str: # a file; or a folder: the digest of its files' names and contents
+    "Hex digest of a file's bytes, of a folder without checkpoints, or of an adapter's weights and settings."
     path = Path(path)
+    if missing := _missing(path):
+        raise FileNotFoundError(f"{missing}: missing; run the phase that makes it, or give another path")
     if path.is_file():
         with path.open("rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
-    if not path.is_dir(): raise FileNotFoundError(f"{path}: missing; run the phase that makes it, or give another path")
-    files = [p for p in sorted(path.rglob("*")) if p.is_file() and not any(part.startswith("checkpoint-") for part in p.relative_to(path).parts)]
-    return hashlib.sha256("".join(f"{p.relative_to(path)} {sha256(p)}\n" for p in files).encode()).hexdigest()
+    parts = [f"{p.relative_to(path)} {sha256(p)}\n" for p in _hashed_files(path)]
+    if _is_adapter(path): parts.append(_adapter_settings(path))
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 def existing(**names: str) -> dict[str, Path]: # name → path, to be hashed as a phase's inputs
     "Those inputs that are files or folders here; a model or dataset named on the hub is none."
@@ -174,7 +277,7 @@ def git_commit() -> str: # empty outside a checkout
 
 # %% ../nbs/lib/records.ipynb #d52abf79
 class RunConflict(ValueError):
-    "A phase's folder holds the work of other parameters or inputs."
+    "A phase's folder holds the work of other parameters or inputs, or its outputs are no longer what the phase made."
 
 def run_folder(run: str) -> Path: # a name, kept under outputs/
     "Folder of a run; raises `SettingsError` on a name that is no plain folder name."
@@ -185,26 +288,76 @@ def _differences(old: dict, new: dict) -> str:
     "What differs between two flat dictionaries, in words."
     return ", ".join(f"{k}: {old.get(k, 'nothing')!r} there, {new.get(k, 'nothing')!r} now" for k in sorted({*old, *new}) if old.get(k) != new.get(k))
 
+# %% ../nbs/lib/records.ipynb #2aa8ffa8
+def _phase_of(path: Path) -> Path | None:
+    "The folder of the phase that a file or folder lies in."
+    return next((folder for folder in path.parents if (folder/"started.json").exists()), None)
+
+def _outputs(phase: Path) -> dict[str, str]: # path inside the folder → hash
+    "What a finished phase made."
+    return read_json(phase/"manifest.json", {"outputs": dict})["outputs"]
+
+def _verified(path: Path, expected: str, phase: Path) -> str: # the hash
+    "Raise `RunConflict` unless an output of a finished phase has the hash of its manifest."
+    missing = _missing(path)
+    digest = "" if missing else sha256(path)
+    if digest == expected: return digest
+    change = (f"{missing} is missing" if missing else
+              f"{path} has changed (sha256 {digest[:12]} now, {expected[:12]} when it was made)")
+    raise RunConflict(f"{change}; {phase/'manifest.json'} lists it as made by {phase.name}. "
+                      f"Restore it, or delete {phase} to make that phase again")
+
+def verify_outputs(folder: str | Path # of a finished phase
+                  ):
+    "Raise `RunConflict` unless every output is as the manifest says, and `RecordError` on a bad manifest."
+    folder = Path(folder)
+    for name, expected in _outputs(folder).items(): _verified(folder/name, expected, folder)
+
+def verify_output(path: str | Path) -> str | None: # its hash, where a manifest lists it
+    "Raise `RunConflict` when a finished phase lists `path` as its output and it is no longer what the phase made."
+    path = Path(path)
+    phase = _phase_of(path)
+    if phase is None or not (phase/"manifest.json").exists(): return None
+    expected = _outputs(phase).get(str(path.relative_to(phase)))
+    return _verified(path, expected, phase) if expected else None
+
+def _refuse_unfinished(path: Path, reader: Path # folder of the phase that reads it
+                      ):
+    "Raise `RunConflict` for a file of another phase that has begun and not ended; a checkpoint may be read."
+    phase = _phase_of(path)
+    if phase in (None, reader) or (phase/"manifest.json").exists() or path.name.startswith("checkpoint-"): return
+    raise RunConflict(f"{path} is made by {phase.name}, and that phase has not ended ({phase/'manifest.json'} "
+                      "is not there): run it to its end, or name another file")
+
 # %% ../nbs/lib/records.ipynb #31c5e9cb
 class Phase:
-    "One phase of a run: its folder, its configuration, and its manifest when it is done."
+    "One phase of a run: its folder, its configuration, and its manifest when it is done; raises `RunConflict`."
     def __init__(self,
                  name: str, # the notebook's name, `04_dpo`
                  settings, # the phase's settings dataclass; `run` names the folder
                  inputs: dict | None = None, # name → file or folder that the phase reads
-                 machine: tuple = ()): # settings that change speed and not results, left out of the comparison
+                 machine: tuple = (), # settings that change speed and not results, left out of the comparison
+                 own: tuple = ()): # settings and inputs that are noted like others, and compared by the phase itself
         self.name, self.folder, self.start = name, run_folder(settings.run)/name, time.time()
         self.parameters = dataclasses.asdict(settings)
         self.input_paths = {k: os.path.relpath(p, ROOT) for k, p in (inputs or {}).items()}
         compared = {k: v for k, v in self.parameters.items() if k not in ("run", *machine)}
-        self.config = {"parameters": compared, "inputs": {k: sha256(p) for k, p in (inputs or {}).items()}}
-        self._refuse_other_configuration()
+        hashes = {p: self._hash(p) for p in dict.fromkeys((inputs or {}).values())}   # each path once
+        self.config = {"parameters": compared, "inputs": {k: hashes[p] for k, p in (inputs or {}).items()}}
+        self._refuse_other_configuration(own)
+        if (self.folder/"manifest.json").exists(): verify_outputs(self.folder)
 
-    def _refuse_other_configuration(self):
+    def _hash(self, path: Path) -> str:
+        "Hash of an input, compared with the manifest of the phase that made it."
+        _refuse_unfinished(path, self.folder)
+        return verify_output(path) or sha256(path)
+
+    def _refuse_other_configuration(self, own: tuple):
         noted = self.folder/"started.json"
         if not noted.exists(): return
-        old = read_json(noted)
-        changed = [d for part in ("parameters", "inputs") if (d := _differences(old[part], self.config[part]))]
+        old = read_json(noted, {"parameters": dict, "inputs": dict})
+        of = lambda config, part: {k: v for k, v in config[part].items() if k not in own}
+        changed = [d for part in ("parameters", "inputs") if (d := _differences(of(old, part), of(self.config, part)))]
         if changed:
             raise RunConflict(f"{self.folder} was made with another configuration ({'; '.join(changed)}). Take another run name, or delete that folder to make the phase again")
 
@@ -212,7 +365,7 @@ class Phase:
     def manifest(self) -> dict | None: # None until the phase is done
         "The manifest of the finished phase."
         path = self.folder/"manifest.json"
-        return read_json(path) if path.exists() else None
+        return read_json(path, {}) if path.exists() else None
 
     def begin(self):
         "Note the configuration in the folder; call it when every check has passed and before the first file is written."

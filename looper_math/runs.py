@@ -627,11 +627,11 @@ def run_recipe(recipe: str, # a folder of `nbs/recipes`
 
 def _close(folder: Path, phases: list[str], seconds: float) -> dict | None:
     "Write the summary and the report, and print the ladder, once the evaluation is done."
-    from looper_math import report
+    from looper_math import criteria, report # slow imports, and a refusal needs neither
     summary = report.summarise(folder) if is_done(folder, "05_eval") else None
     if summary:
         write_json(folder/"summary.json", summary)
-        _write_text(folder/"report.html", report.report_page(folder, phases))
+        _write_text(folder/"report.html", report.report_page(folder, phases, criteria.criteria(folder)))
         print(f"\n{report.as_text(report.ladder(summary))}\n\nreport  {_short(folder/'report.html')}\nnumbers {_short(folder/'summary.json')}")
     print(f"{report.clock(seconds)} in all")
     return summary

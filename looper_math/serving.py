@@ -111,7 +111,8 @@ def load_vllm(s: dict # model, adapter, dtype, max_length, ends
     if not torch.cuda.is_available():   # a prompt computed in pieces turns its generator back, which torch's generator for processors can't do
         room |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, s["max_length"])}
     dtype = str(models.pick_dtype(s["dtype"])).removeprefix("torch.")
-    engine = LLM(s["model"], dtype=dtype, max_model_len=s["max_length"], enable_prefix_caching=True, **room).llm_engine
+    room |= {"max_model_len": s["max_length"], "enable_prefix_caching": True, "trust_remote_code": False}
+    engine = LLM(s["model"], dtype=dtype, **room).llm_engine
     lora = LoRARequest("adapter", 1, str(resolve(s["adapter"]))) if s["adapter"] else None
     def run(jobs):
         sampling = [SamplingParams(temperature=j["temperature"], top_p=j["top_p"], seed=j["seed"], max_tokens=j["max_new_tokens"],
@@ -131,7 +132,9 @@ def served(model: str,          # folder of the base
            max_length: int,     # tokens of the longest prompt and its completion together
            ends: list[int]      # tokens that end a completion
           ) -> Iterator[Callable[[list[Job]], Iterator[list[tuple[int, list[int]]]]]]:
-    "vLLM in a child process, as a function from jobs to lists of (index, tokens) as they finish."
+    "vLLM in a child process, as a function from jobs to lists of (index, tokens); bad files are refused before."
+    models.check_base(model)
+    if adapter: models.check_adapter(model, adapter)
     # The engine in the child's own process, because a second one below it would outlive a killed run; and nothing sent to its makers.
     env = child_environment(dict(os.environ)) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
     child = Child([sys.executable, "-m", "looper_math.serving"], env)

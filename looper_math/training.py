@@ -4,25 +4,27 @@
 
 # %% auto #0
 __all__ = ['SCHEDULERS', 'REPORTS', 'MACHINE', 'TrainingSettings', 'precision', 'launched', 'RowSettings', 'trainer_arguments',
-           'one_device', 'Learning', 'is_first_process', 'checkpoints', 'train', 'history', 'heldout_questions', 'look',
-           'finish', 'verdict']
+           'one_device', 'Learning', 'damage', 'is_first_process', 'checkpoints', 'last_checkpoint', 'train', 'history',
+           'heldout_questions', 'look', 'finish', 'verdict']
 
 # %% ../nbs/lib/training.ipynb #bfac8710
-import gc, importlib.util, math, os, shutil
+import gc, importlib.util, math, os, shutil, struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile, ZipFile
 
 import pandas as pd
 import torch
 import yaml
 from datasets import disable_progress_bars
+from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback
 from transformers.utils import is_torch_tf32_available
 
 from . import heldout, models
 from .data import check_disjoint, load_questions
-from .records import Phase, read_json, require, resolve
+from .records import Phase, RecordError, read_json, require, resolve
 
 # %% ../nbs/lib/training.ipynb #9c03bf5f
 disable_progress_bars()  # a bar for each second of tokenising would bury what a page has to show
@@ -173,17 +175,40 @@ class Learning(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
         if state.global_step > 0: return
         gradients = [p.grad for n, p in model.named_parameters() if "lora_" in n and p.requires_grad]
-        if not any(g is not None and bool(g.count_nonzero()) for g in gradients):
-            raise RuntimeError(f"no LoRA weight has a gradient at the first update ({len(gradients)} are trainable): load the adapter as trainable, and look at the labels")
+        if any(g is not None and bool(g.count_nonzero()) for g in gradients): return
+        factors = models.scalings(model).values()
+        if factors and not any(factors):
+            raise RuntimeError("lora_alpha is 0, so the adapter changes nothing and cannot learn: set alpha above 0")
+        raise RuntimeError(f"no LoRA weight has a gradient at the first update ({len(gradients)} are trainable): "
+                           "load the adapter as trainable, and look at the labels")
 
     def on_log(self, args, state, control, logs, **kwargs):
         if math.isnan(logs.get("grad_norm", 0)): raise RuntimeError(f"the gradient is not a number at update {state.global_step}: take a lower learning_rate, or mixed_precision bf16 or no")
 
 # %% ../nbs/lib/training.ipynb #7ad64de3
-def _is_whole(checkpoint: Path) -> bool:
-    "Whether a checkpoint was written to its end; the trainer's state is its last file."
-    try: return bool(read_json(checkpoint/"trainer_state.json"))
-    except (FileNotFoundError, ValueError): return False
+_NEEDED = ("adapter_config.json", "adapter_model.safetensors", "optimizer*", "scheduler.pt", "rng_state*.pth",
+           "trainer_state.json")   # the last one is written last
+
+_UNREADABLE = (SafetensorError, BadZipFile, EOFError, OSError, RuntimeError, UnicodeDecodeError, struct.error)
+
+def _fault(path: Path) -> str: # empty when there is none
+    "What keeps a file of a checkpoint from being read."
+    try:
+        if path.name == "trainer_state.json": read_json(path, {"epoch": float, "global_step": int, "log_history": list})
+        elif path.suffix == ".safetensors":
+            with safe_open(path, "pt"): pass
+        elif path.suffix in (".pt", ".pth", ".bin"):
+            with ZipFile(path) as archive: return f"its part {part} has changed" if (part := archive.testzip()) else ""
+    except RecordError: return "no whole JSON with epoch, global_step and log_history"
+    except _UNREADABLE as e: return f"cut off or changed ({e})"
+    return ""
+
+def damage(checkpoint: Path) -> str: # empty when the checkpoint is whole
+    "The first file of a checkpoint that is missing, cut off or changed, and what is wrong with it."
+    for pattern in _NEEDED:
+        if not any(checkpoint.glob(pattern)): return f"{pattern} is missing"
+    faults = ((p, _fault(p)) for p in sorted(checkpoint.rglob("*")) if p.is_file())
+    return next((f"{path.relative_to(checkpoint)}: {fault}" for path, fault in faults if fault), "")
 
 def _update(checkpoint: Path) -> int:
     "Updates that a checkpoint's folder stands for."
@@ -193,17 +218,32 @@ def is_first_process() -> bool:
     "Whether this process is the launcher's first, or the only one: the one that writes."
     return int(os.environ.get("RANK", 0)) == 0
 
+def _all_checkpoints(folder: str | Path) -> list[Path]: return sorted(Path(folder).glob("checkpoint-*"), key=_update)
+
 def checkpoints(folder: str | Path) -> list[Path]:
-    "The whole checkpoints in a training's folder, oldest first; one that a kill left half-written is passed over."
-    return sorted(filter(_is_whole, Path(folder).glob("checkpoint-*")), key=_update)
+    "The whole checkpoints in a training's folder, oldest first."
+    return [p for p in _all_checkpoints(folder) if not damage(p)]
+
+def _misfit(model, checkpoint: Path) -> str: # empty when there is none
+    "Why a checkpoint's adapter does not fit a model."
+    try: models.check_adapter(model, checkpoint)
+    except ValueError as e: return str(e)
+    return ""
+
+def last_checkpoint(folder: str | Path, model) -> Path | None: # none when there is nothing to go on from
+    "The last whole checkpoint that fits a peft model; what is passed over is printed."
+    for checkpoint in reversed(_all_checkpoints(folder)):
+        if not (why := damage(checkpoint) or _misfit(model, checkpoint)): return checkpoint
+        if is_first_process(): print(f"{checkpoint} is damaged, and training goes on from before it: {why}")
+    return None
 
 def train(trainer, folder: str | Path) -> pd.DataFrame | None: # what was logged; none on all processes but the first
-    "Train, from the last checkpoint in `folder` if there is one, and save the adapter there."
+    "Train, from the last whole checkpoint in `folder` if there is one, and save the adapter there."
     trainer.add_callback(Learning)
-    checkpoint = str(done[-1]) if (done := checkpoints(folder)) else None
+    checkpoint = last_checkpoint(folder, trainer.model)
     if checkpoint:   # where a checkpoint also holds DPO's reference, the trainer would load that one alone
-        trainer.model.load_adapter(checkpoint, "default", is_trainable=True)
-    trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.model.load_adapter(str(checkpoint), "default", is_trainable=True)
+    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     trainer.save_model(str(folder))
     trainer.save_state()
     return history(folder) if is_first_process() else None
@@ -211,7 +251,7 @@ def train(trainer, folder: str | Path) -> pd.DataFrame | None: # what was logged
 # %% ../nbs/lib/training.ipynb #1d770e11
 def history(folder: str | Path) -> pd.DataFrame: # one row a logged step, columns as the trainer names them
     "What the trainer logged, indexed by step; raises `FileNotFoundError` when nothing was trained there."
-    log = read_json(Path(folder)/"trainer_state.json")["log_history"]
+    log = read_json(Path(folder)/"trainer_state.json", {"log_history": list})["log_history"]
     return pd.DataFrame([row for row in log if "loss" in row]).set_index("step")
 
 # %% ../nbs/lib/training.ipynb #9010c5c2
@@ -225,8 +265,9 @@ def heldout_questions(s: TrainingSettings,
     return questions
 
 def _stages(folder: Path, name: Callable[[int, int], str]) -> dict[str, Path]:
-    "The checkpoints of a training under the names that `look` gives them."
-    return {name(epoch, _update(path)): path for epoch, path in enumerate(checkpoints(folder), 1)}
+    "The checkpoints of a training under the names that `look` gives them; each says itself in which epoch it was made."
+    epoch = lambda path: math.ceil(round(read_json(path/"trainer_state.json")["epoch"], 6))
+    return {name(epoch(path), _update(path)): path for path in checkpoints(folder)}
 
 def _copy_adapter(source: Path, folder: Path):
     "Put the adapter of one folder into another, with its value model if it has one."

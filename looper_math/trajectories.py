@@ -6,7 +6,7 @@
 __all__ = ['requests_for', 'trajectory', 'record']
 
 # %% ../nbs/lib/trajectories.ipynb #cf0fcca1
-from . import engines, prompts, regime_w
+from . import engines, prompts
 from .answers import extract_answer, format_answer, same_answer, split_reasoning, with_thought
 from .prompts import build_prompt
 
@@ -22,15 +22,22 @@ def requests_for(question: dict, # with question_id and question
             for arm in arms]
 
 # %% ../nbs/lib/trajectories.ipynb #b8666b5f
-def trajectory(request: engines.Request, completion: engines.Completion, gold: str) -> dict:
+def trajectory(request: engines.Request, # its id is the question's id, a slash, and the arm's name
+               completion: engines.Completion, gold: str) -> dict:
     "What one arm wrote, its answer read strictly and flexibly, and whether it is right."
     text = with_thought(request.prompt, completion.text)
     answer = extract_answer(text)
-    return {"arm_name": request.id.split("/")[-1], "prompt": request.prompt, "full_text": completion.text, "reasoning": split_reasoning(text),
-            "answer": format_answer(answer), "answer_strict": format_answer(extract_answer(text, "strict")), "num_tokens": completion.num_tokens,
-            "finish_reason": completion.finish_reason, "seed": request.seed, "correct": same_answer(answer, gold)}
+    arm = request.id.partition("/")[2]   # a question's id has no slash, and an arm's name may have one
+    return {"arm_name": arm, "prompt": request.prompt, "full_text": completion.text, "reasoning": split_reasoning(text),
+            "answer": format_answer(answer), "answer_strict": format_answer(extract_answer(text, "strict")),
+            "num_tokens": completion.num_tokens, "finish_reason": completion.finish_reason, "seed": request.seed,
+            "correct": same_answer(answer, gold)}
 
-def record(question: dict, trajectories: list[dict], preset: str | regime_w.Preset) -> dict:
+def record(question: dict, trajectories: list[dict],
+           preset # a name in `regime_w.PRESETS`, or a preset
+          ) -> dict:
     "A question's record: its trajectories with their rewards and signals, and Regime W's metrics of the set."
-    metrics, scored = regime_w.score_rollout(trajectories, question["gold_answer"], preset=preset)
-    return {k: question[k] for k in ("question_id", "question", "gold_answer")} | {"metrics": metrics, "trajectories": [t | s for t, s in zip(trajectories, scored)]}
+    from looper_math.regime_w import score_rollout # only here: a build without Regime W asks and reads all the same
+    metrics, scored = score_rollout(trajectories, question["gold_answer"], preset=preset)
+    return {k: question[k] for k in ("question_id", "question", "gold_answer")} | {
+        "metrics": metrics, "trajectories": [t | s for t, s in zip(trajectories, scored)]}

@@ -1,6 +1,7 @@
 "One question from the terminal, and whatever a user may type in its place."
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import huggingface_hub.constants
 import pytest
 
 from looper_math import prompts, regime_w
-from looper_math.ask import Model, ask, find_model
+from looper_math.ask import Model, ask, find_model, run_models
 from looper_math.prompts import TEMPLATE
 from looper_math.records import ROOT, SettingsError, write_json
 from looper_math.runs import looper
@@ -106,6 +107,10 @@ REFUSED = {
     "a chat layout that the base does not have": (["try/sft", QUESTION, "--template", "chat"], "has no chat template"),
     "a negative length": (["try/sft", QUESTION, "--max-new-tokens", "-1"], "max_new_tokens must be 1 or more"),
     "a question without end": (["try/sft", "plums " * 2100], "and there is room for 2048"),
+    "a misspelt slot": (["try/sft", QUESTION, "--template", "{question} {instructon}"], "did you mean {instruction}?"),
+    "a preset for a plain call": (["try/sft", QUESTION, "--plain", "--preset", "guide-8"], "leave out arm set and"),
+    "a name that no file can have": (["m" * 300, QUESTION], "MODEL has a part of 300 bytes"),
+    "a user who is not there": (["~nosuchuser/model", QUESTION], "there is no user '~nosuchuser'"),
 }
 
 
@@ -128,3 +133,63 @@ def test_adapters_elsewhere(tmp_path, random_adapter):
     assert own.plain["full_text"] and str(own).startswith(f"mine: {BASE} with {random_adapter}")
     with pytest.raises(SettingsError, match="no config.json in it"):
         find_model(str(tmp_path))
+
+
+DAMAGED = {"torn": '{"recipe": "po', "empty": "", "list": "[1]", "number": '{"parameters": 3}', "mark": "\ufeff"}
+
+
+@pytest.mark.parametrize("text", DAMAGED.values(), ids=DAMAGED)
+@pytest.mark.parametrize("file", ["run.json", "05_eval/manifest.json"])
+def test_a_damaged_file_of_one_run_leaves_the_others_usable(project, tmp_path, file, text, capsys):
+    "It is left out of the list, with a note, and named by whoever asks for it."
+    root = shutil.copytree(project, tmp_path / "project")
+    damaged = root / "outputs/broken" / file
+    damaged.parent.mkdir(parents=True)
+    damaged.write_text(text, encoding="utf-8")
+    assert run_models(root) == ["try/base", "try/sft"]
+    assert f"The models of run 'broken' are not listed: {damaged} is damaged" in capsys.readouterr().err
+    assert find_model("try/sft", root).name == "try/sft"
+    with pytest.raises(SystemExit) as stop: looper(["ask", "broken/dpo", QUESTION], root)
+    assert stop.value.code == 2 and f"looper: {damaged} is damaged" in capsys.readouterr().err
+    with pytest.raises(SettingsError, match="no model 'tyr/sft'.*did you mean 'try/sft'"): find_model("tyr/sft", root)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"])
+def test_a_truncated_base_is_one_sentence(tmp_path, file, capsys):
+    base = shutil.copytree(ROOT / BASE, tmp_path / "base")
+    data = (base / file).read_bytes()
+    (base / file).write_bytes(data[:len(data) // 2])
+    with pytest.raises(SystemExit) as stop: looper(["ask", str(base), QUESTION, "--plain"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and f"{base} cannot be loaded: " in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_truncated_adapter_is_one_sentence(tmp_path, random_adapter, file):
+    adapter = shutil.copytree(random_adapter, tmp_path / "adapter")
+    data = (adapter / file).read_bytes()
+    (adapter / file).write_bytes(data[:len(data) // 2])
+    with pytest.raises(SettingsError, match=f"with {adapter} cannot be loaded: [^\n]*$"):
+        ask(Model("mine", BASE, str(adapter)), QUESTION, plain=True)
+
+
+WITHOUT = """
+import sys
+sys.modules["looper_math.regime_w"] = None   # as in a wheel that leaves it out
+from looper_math import ask, cards, engines, evaluation, heldout, runs, serving, trajectories
+from looper_math.records import SettingsError
+question = "Mia has 12 plums and buys 3 bags of 5. How many now?"
+print(ask.ask("data/pocket-base", question, gold=27, plain=True).plain["answer"])
+try: ask.ask("data/pocket-base", question)
+except SettingsError as e: print(e)
+runs.looper(["ask", "data/pocket-base", question, "--plain"])
+"""
+
+
+def test_a_plain_call_without_regime_w():
+    "Evaluation, serving, cards and the plain call need no metric; arms say what is missing."
+    done = subprocess.run([sys.executable, "-c", WITHOUT], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("engine")]
+    assert lines[0].isdigit() and lines[1].startswith("this build has no Regime W: ask with --plain")
+    assert lines[-1] == f"Plain call: {lines[0]}."

@@ -67,6 +67,59 @@ def test_echo(sound, write, piece):
     assert log.table.echo[k].strip() == head.strip() and log.accuracy == (N - len(WRONG), N)
 
 
+INSTRUCTION = "Think step by step and end with a line such as Answer: 42"
+
+
+@pytest.mark.parametrize("head", ["{instruction}\n\n{question}", "{instruction}.\nQ: {question}\nA:",
+                                  "such as Answer: 42\n\n{question}", "<s> [INST] {instruction}\n{spread} [/INST]",
+                                  "Question: 1 + 1?\nAnswer: 2\n\nQuestion: {question}"])
+def test_an_echo_behind_whatever_stands_before_it(sound, write, head):
+    "One row, no field that holds the prompt; the example's number before the question is not taken for the answer."
+    k, row = 7, sound[7]
+    spread = row["question"].replace(" ", "\n ", 3)
+    head = head.format(instruction=INSTRUCTION, question=row["question"], spread=spread)
+    steps = row["completion"].partition("\nAnswer")[0]
+    log = evaluation.rescore(write(changed(sound, k, completion=f"{head}\n{steps}")))
+    assert log.findings["prompt echo"] == [k] and log.table.echo[k].endswith(row["question"][-9:])
+    assert log.accuracy == (N - len(WRONG), N) and log.findings["recorded verdict differs"] == []
+
+
+@pytest.mark.parametrize("known", ["the prompt", "the question"])
+def test_completions_that_begin_in_the_middle_of_the_prompt(sound, write, known):
+    "Left padding, sliced at the unpadded length: each begins at another place, in the instruction or in the question."
+    rows, place = [], random.Random(0)
+    for r in sound:
+        prompt = f"{INSTRUCTION}\n{r['question']}" + ("\nAnswer as above.\n" if known == "the prompt" else "")
+        within_words = [k for k in range(1, len(prompt) - 30) if prompt[k - 1].isalnum() and prompt[k].isalnum()]
+        completion = f"{prompt[place.choice(within_words):]}\n{r['completion']}"
+        rows.append(r | {"completion": completion} | ({"prompt": prompt} if known == "the prompt" else {}))
+    log = evaluation.rescore(write(rows))
+    assert log.findings["prompt echo"] == list(range(N)) and log.accuracy_strict == (N - len(WRONG), N)
+    behind = [r.completion[len(r.echo):].lstrip() for r in log.table.itertuples()]
+    assert behind == [r["completion"] for r in sound]
+
+
+def test_behind_another_instruction_the_rest_of_the_prompt_is_part_of_the_echo(sound, write):
+    prompt = f"Question: {sound[3]['question']}\nEnd with a line such as Answer: 42\nSolution:"
+    completion = f"user\n{prompt.partition(': ')[2]}\n{sound[3]['completion']}".replace("Answer: 42", "Answer:  42")
+    log = evaluation.rescore(write(changed(sound, 3, prompt=prompt, completion=completion)))
+    assert log.findings["prompt echo"] == [3] and log.table.echo[3].endswith("Solution:")
+
+
+@pytest.mark.parametrize("text", ["{last} {solution}", "{first} {solution}", "Solution: {solution}",
+                                  "Answer as above.\n{solution}", "{solution}\n\nThat was: {question}", "{solution}"])
+def test_quoting_is_no_echo(sound, write, text):
+    "A sentence of the question, the prompt's last line, and the question said once more behind the answer."
+    parts = [{"question": r["question"], "solution": r["completion"], "first": r["question"].partition(". ")[0],
+              "last": r["question"].rpartition(". ")[2]} for r in sound]
+    prompt = INSTRUCTION + "\n{question}\nAnswer as above.\nSolution:\n"
+    rows = [r | {"completion": text.format(**p), "prompt": prompt.format(**p)}
+            for r, p in zip(sound, parts) if p["last"] != r["question"]]
+    assert len(rows) > N / 2
+    log = evaluation.rescore(write(rows))
+    assert log.findings["prompt echo"] == log.findings["recorded verdict differs"] == []
+
+
 def test_the_examples_number_graded_as_the_answer(sound, write):
     "Echo, example and all, in every row, and no field that holds the prompt; a 42 of the question itself is no suspect."
     rows = [r | {"completion": f"{r['question'][-30:]}\nEnd with a line such as Answer: 42\n{r['completion'].partition(chr(10) + 'Answer')[0]}", "correct": False} for r in sound]
@@ -152,6 +205,82 @@ def test_fields_by_path(sound, write):
         evaluation.rescore(write(rows))
     with pytest.raises(RecordError, match="no field 'verdict'"):
         evaluation.rescore(write(sound), verdict="verdict")
+
+
+def refused(log, **fields):
+    with pytest.raises(RecordError) as e:
+        evaluation.rescore(log, **fields)
+    return str(e.value)
+
+
+def test_a_list_in_place_of_a_text(sound, write):
+    "Graded as Python prints it, a list of one right answer was wrong."
+    log = write([{"doc": r, "resps": [[r["completion"]]]} for r in sound[1:5]])
+    fields = {"question": "doc.question", "gold": "doc.gold"}
+    assert evaluation.rescore(log, completion="resps[0][0]", **fields).accuracy == (4, 4)
+    for path, near in (("resps[0]", "resps[0][0]"), ("resps", "resps[0][0]"), ("doc", "doc.completion")):
+        message = refused(log, completion=path, **fields)
+        assert f"{log}, record 0: field '{path}' must be text or a number, got " in message
+        assert near in message.rpartition("there is text at ")[2]
+
+
+@pytest.mark.parametrize("field, value", [("completion", None), ("completion", {"text": "27"}), ("completion", True),
+                                          ("completion", float("nan")), ("question", None), ("question", 7),
+                                          ("question", " "), ("gold", None), ("gold", ["27"])])
+def test_a_field_that_is_no_text(sound, write, field, value):
+    rows = changed(sound[:9], 3, **{field: value})
+    for log in (write(rows), pd.DataFrame(rows)):
+        assert f"record 3: field '{field}' must be text" in refused(log)
+
+
+def test_numbers_are_golds_and_completions(sound, write):
+    "The completion 0 is an answer, and no empty text."
+    rows = [{"question": "None left?", "gold": 0, "completion": 0}, 
+            {"question": "Half?", "gold": .5, "completion": "1/2"}, {"question": "?", "gold": "", "completion": ""}]
+    for log in (evaluation.rescore(write(rows)), evaluation.rescore(pd.DataFrame(rows, dtype=object))):
+        assert list(log.table.answer.dropna()) == ["0", "1/2"] and list(log.table.correct) == [True, True, False]
+        assert log.findings["unreadable gold"] == [2]
+
+
+def test_records_that_lack_a_field(sound, write):
+    "Named, or compared, a field must be in all of them; a field that is merely usual may be missing."
+    rows = [{k: v for k, v in r.items() if k != "correct" or i < 3} for i, r in enumerate(sound)]
+    assert evaluation.rescore(write(rows)).table.recorded.notna().sum() == 3
+    assert evaluation.rescore(pd.DataFrame(rows)).table.recorded.notna().sum() == 3
+    assert "record 3: no field 'correct'" in refused(write(rows), verdict="correct")
+    assert "record 1: no field 'filter'" in refused(write(changed(sound[:3], 0, filter="x")), where={"filter": "x"})
+    partly = [r | ({"temperature": 0.0} if k < 5 else {}) for k, r in enumerate(sound)]
+    for log in (write(partly), pd.DataFrame(partly)):
+        assert "record 5: no field 'temperature', which other records have" in refused(log)
+    assert "no rows" in refused(pd.DataFrame(columns=["question", "gold", "completion"]))
+
+
+@pytest.mark.parametrize("prompt", [7, {"content": "How?"}, [{"role": "user"}], [{"content": None}], ["How?", 7]])
+def test_a_prompt_that_is_no_text(sound, write, prompt):
+    message = refused(write(changed(sound[:4], 2, prompt=prompt)))
+    assert "record 2: a prompt must be text, or a list of messages that hold text as 'content', got " in message
+
+
+def test_prompts_of_messages(sound, write):
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": sound[2]["question"]}]
+    row = {"prompt": messages, "completion": f"e brief.\n{sound[2]['question']}\n{sound[2]['completion']}"}
+    log = evaluation.rescore(write(changed(sound, 2, **row)))
+    assert log.findings["prompt echo"] == [2] and log.accuracy == (N - len(WRONG), N)
+
+
+def test_a_folder_and_a_deep_record_are_no_log(sound, write):
+    log = write(sound[:2])
+    assert "a folder, and a log is a file" in refused(log.parent) and "log.jsonl" in refused(log.parent)
+    log.write_text(json.dumps(sound[0]) + "\n" + '{"question": ' + "[" * 90_000 + "]" * 90_000 + "}\n")
+    assert "line 2: expected one JSON object a line" in refused(log)
+
+
+def test_an_unknown_verdict_is_named(sound):
+    a = evaluation.rescore(pd.DataFrame(sound[:9]))
+    with pytest.raises(ValueError, match="by='corect': no verdict that both logs hold; did you mean 'correct'"):
+        evaluation.compare(a, a, by="corect")
+    with pytest.raises(ValueError, match="by='correct_strict': no verdict that both"):
+        evaluation.compare(a, pd.DataFrame(sound[:9]), by="correct_strict")
 
 
 def test_a_torn_log_is_refused_by_line(sound, write):

@@ -9,8 +9,10 @@ from dataclasses import replace
 
 import pandas as pd
 import pytest
+from safetensors.torch import load_file, save_file
 
-from looper_math import cards, evaluation, report, runs
+from conftest import papermill
+from looper_math import cards, criteria, evaluation, report, runs
 from looper_math.grading import VERDICTS
 from looper_math.records import ROOT, RunConflict, SettingsError, read_json, read_records, run_folder, write_json
 from looper_math.runs import parameters_of
@@ -18,6 +20,8 @@ from looper_math.runs import parameters_of
 RUN = "pytest-eval"
 FAST = {"limit": 20, "chunk": 8, "samples": 2, "sampled_questions": 4, "sampled_models": 1, "arm_set": "guide-8", "harder": "", "max_new_tokens": 120}
 
+
+FASTEST = {"limit": 2, "samples": 0, "arm_set": "", "styles": ["training"]}
 
 def settings(adapter, run=RUN, **changes):
     "The notebook's parameters, cut down; three models, two of which are the same."
@@ -64,18 +68,24 @@ def test_two_processes_give_the_same_bytes(done, random_adapter):
     shutil.rmtree(s.folder.parent)
 
 
-def test_killed_and_resumed_to_the_same_bytes(done, random_adapter):
-    s = settings(random_adapter, f"{RUN}-killed")
-    shutil.rmtree(s.folder.parent, ignore_errors=True)
+def kill_at(s, shard):
+    "Evaluate in a process of its own, and kill it when this shard has a row."
     code = "import json, sys; from looper_math import evaluation as e; e.run_phase(e.EvalSettings(**json.loads(sys.argv[1])))"
-    process = subprocess.Popen([sys.executable, "-c", code, json.dumps(vars(s))], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    shard = s.folder / "test-base-five-shot.shard-0"
+    process = subprocess.Popen([sys.executable, "-c", code, json.dumps(vars(s))], cwd=ROOT, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
     deadline = time.time() + 120
     while not (shard.exists() and shard.stat().st_size):
         assert process.poll() is None and time.time() < deadline, "never got to the point of the kill"
         time.sleep(.01)
     process.kill()
     process.wait()
+
+
+def test_killed_and_resumed_to_the_same_bytes(done, random_adapter):
+    s = settings(random_adapter, f"{RUN}-killed")
+    shutil.rmtree(s.folder.parent, ignore_errors=True)
+    shard = s.folder / "test-base-five-shot.shard-0"
+    kill_at(s, shard)
     assert not (s.folder / "manifest.json").exists()
     with shard.open("ab") as f:
         f.write(b'{"question_id": "torn')
@@ -85,13 +95,117 @@ def test_killed_and_resumed_to_the_same_bytes(done, random_adapter):
     shutil.rmtree(s.folder.parent)
 
 
-def test_other_models_in_the_same_folder_are_refused(done, random_adapter):
+@pytest.fixture
+def later(random_adapter):
+    "Evaluations of some of the models, one after the other, in a run of its own."
+    run = f"{RUN}-later"
+    shutil.rmtree(run_folder(run), ignore_errors=True)
+    everything = settings(random_adapter, run)
+    yield lambda *names, **changes: replace(everything, models={n: everything.models[n] for n in names}, **changes)
+    shutil.rmtree(run_folder(run))
+
+
+def covered_by(s):
+    "What the manifest of an evaluation holds, whatever the run is called and how long it took."
+    manifest = read_json(s.folder / "manifest.json")
+    return {k: manifest[k] for k in ("inputs", "outputs", "counts", "metrics")} | manifest["parameters"] | {"run": ""}
+
+
+CALLS = {"new ones alone": [["base", "copy"], ["sft"]],
+         "growing": [["base"], ["base", "copy"], ["base", "copy", "sft"]]}
+
+
+@pytest.mark.parametrize("calls", CALLS.values(), ids=CALLS)
+def test_one_after_the_other_equals_all_at_once(done, later, calls):
+    "Earlier answers are kept, tables and manifest cover all models, and the same files are there."
+    for names in calls:
+        kept = answers(later("base"))
+        evaluation.run_phase(later(*names))
+        assert answers(later("base")).items() >= kept.items()
+    assert covered_by(later("base")) == covered_by(done)
+    assert answers(later("base")).items() >= answers(done).items()
+
+
+def test_the_order_is_that_in_which_models_are_first_named(random_adapter, later):
+    together = replace(later("sft", "copy", "base", limit=6), run=f"{RUN}-together")
+    shutil.rmtree(together.folder.parent, ignore_errors=True)
+    evaluation.run_phase(together)
+    for names in (["sft"], ["copy", "base"]): evaluation.run_phase(later(*names, limit=6))
+    assert list(covered_by(together)["metrics"]["models"])[::2] == ["sft", "copy", "base"]
+    assert covered_by(later("sft")) == covered_by(together)
+    shutil.rmtree(together.folder.parent)
+
+
+def test_a_kill_in_the_second_evaluation(done, later):
+    "The first one's manifest stays until the second is done, which goes on where it was killed."
+    s = later("sft")
+    evaluation.run_phase(later("base", "copy"))
+    first = read_json(s.folder / "manifest.json")
+    kill_at(s, s.folder / "test-sft.shard-0")
+    assert evaluation.open_phase(later("base")).manifest == first and evaluation.run_phase(later("copy")) == first
+    evaluation.run_phase(s)
+    assert covered_by(s) == covered_by(done) and not list(s.folder.glob("*.shard*"))
+
+
+def test_fewer_models_of_a_finished_evaluation_are_done(done):
+    before = {p: p.stat().st_mtime_ns for p in done.folder.iterdir()}
+    for names in (["base"], ["sft", "copy"]):
+        manifest = evaluation.run_phase(replace(done, models={n: done.models[n] for n in names}))
+        assert list(manifest["parameters"]["models"]) == ["base", "copy", "sft"]
+    assert {p: p.stat().st_mtime_ns for p in done.folder.iterdir()} == before
+
+
+def test_what_else_changed_is_refused(done, random_adapter):
+    "Another place under an old name, another parameter, pairs instead of none, a place that is not there."
     before = answers(done)
-    with pytest.raises(RunConflict, match="models"):
-        evaluation.run_phase(replace(done, models={"base": ""}))
+    for change, message in [({"models": {"sft": ""}}, "model 'sft' is .* there and '' now"),
+                            ({"limit": 21}, "limit: 20 there, 21 now"),
+                            ({"models": {"new": ""}, "temperature": .5}, "temperature: 0.7 there, 0.5 now"),
+                            ({"comparisons": [["base", "sft"]]}, r"comparisons are \[\] there and \[\['base', 'sft'")]:
+        with pytest.raises(RunConflict, match=message): evaluation.run_phase(replace(done, **change))
     with pytest.raises(FileNotFoundError, match="no such model folder"):
         evaluation.run_phase(settings(random_adapter, f"{RUN}-none", models={"sft": "01_sft/adapter"}))
     assert answers(done) == before and not run_folder(f"{RUN}-none").exists()
+
+
+def test_a_changed_adapter_under_an_old_name(random_adapter, tmp_path):
+    "Also when a later evaluation does not name it: its answers would stand beside those of other weights."
+    adapter = shutil.copytree(random_adapter, tmp_path / "adapter")
+    s = settings(str(adapter), f"{RUN}-changed", models={"sft": str(adapter)}, **FASTEST)
+    shutil.rmtree(s.folder.parent, ignore_errors=True)
+    evaluation.run_phase(s)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file({k: 2*v for k, v in weights.items()}, adapter / "adapter_model.safetensors")
+    for models in ({"sft": str(adapter)}, {"base": ""}):
+        with pytest.raises(RunConflict, match="adapter has changed since it was evaluated there as 'sft'"):
+            evaluation.run_phase(replace(s, models=models))
+    assert list(answers(s)) == ["test-sft.jsonl"]
+    shutil.rmtree(s.folder.parent)
+
+
+def test_pairs_add_up(later):
+    "Pairs of the first evaluation stay, and one that names only new pairs of the same models goes on."
+    evaluation.run_phase(later("base", "sft", comparisons=[["base", "sft"]], **FASTEST))
+    evaluation.run_phase(later("base", "sft", comparisons=[["sft", "base"]], **FASTEST))
+    paired = evaluation.run_phase(later("copy", "sft", comparisons=[["copy", "sft"]], **FASTEST))["metrics"]["paired"]
+    assert list(paired) == ["sft_vs_base", "base_vs_sft", "sft_vs_copy"]
+
+
+def test_two_commands_of_papermill(random_adapter):
+    "As the documents evaluate: SFT by one command, DPO by another, each with a page of its own."
+    run = run_folder(f"{RUN}-papermill")
+    shutil.rmtree(run, ignore_errors=True)
+    for place in ("01_sft", "04_dpo"): shutil.copytree(random_adapter, run / place / "adapter")
+    fast = FAST | FASTEST | {"run": run.name}
+    for name, models in (("sft", '{"base": "", "sft": "01_sft/adapter"}'), ("dpo", '{"dpo": "04_dpo/adapter"}')):
+        made = papermill("05_eval", run / f"05_eval_{name}.ipynb", **fast, models=models)
+        assert made.returncode == 0, made.stderr[-3000:]
+    metrics = read_json(run / "05_eval/manifest.json")["metrics"]
+    assert list(metrics["models"]) == ["base", "sft", "dpo"] and metrics["models"]["sft"] == metrics["models"]["dpo"]
+    assert list(metrics["paired"]) == ["sft_vs_base", "dpo_vs_sft", "dpo_vs_base"]
+    pages = [(run / f"05_eval_{name}.ipynb").read_text() for name in ("sft", "dpo")]
+    assert ["between sft and dpo" in page for page in pages] == [False, True]
+    shutil.rmtree(run)
 
 
 def test_a_model_that_is_not_there_is_refused_by_the_runner():
@@ -108,18 +222,24 @@ def finished(done):
     folder = run_folder(RUN)
     common = {"git_commit": "", "versions": {}}
     write_json(folder / "02_rollouts/manifest.json", common | {"parameters": {"arm_set": "guide-8", "preset": "guide-8", "questions": "q.jsonl"}, "counts": {"questions": 3, "trajectories": 24}, "metrics": {"accuracy": .5}})
-    write_json(folder / "03_preferences/manifest.json", common | {"parameters": {"policy": "all"}, "counts": {"correctness": 5, "coherence": 2}, "metrics": {}})
+    counts = {"questions": 3, "questions_all_right": 0, "questions_all_wrong": 1, "dropped_duplicate": 0,
+              "correctness": 5, "coherence": 2}
+    pairs = common | {"parameters": {"policy": "all"}, "counts": counts, "metrics": {}}
+    write_json(folder / "03_preferences/manifest.json", pairs)
     write_json(folder / "run.json", {"recipe": "pocket", "parameters": {}, "seconds": {"05_eval": 61.0}})
     return folder
 
 
 def test_report_and_comparison_of_two_runs(finished, capsys):
-    page = report.report_page(finished, ["05_eval"])
+    page = report.report_page(finished, ["05_eval"], criteria.criteria(finished))
     metrics = read_json(finished / "05_eval/manifest.json")["metrics"]
     assert f"{metrics['models']['sft']['correct']} / 20" in page and 'href="05_eval.html"' in page and "not measurable" in page
     assert all(c["sentence"].split(":")[0] in page for c in metrics["paired"].values())
-    verdicts = report.criteria(finished).set_index("criterion").verdict
-    assert verdicts["3,000 to 5,000 pairs"] == "fail" and verdicts["DPO's loss falls over 3 epochs"] == "not measurable"
+    judged = criteria.criteria(finished).set_index("criterion")
+    assert judged.verdict["correctness pairs"] == "fail" and judged.verdict["DPO's loss falls"] == "not measurable"
+    row = judged.loc["correctness pairs"]
+    assert (row.expected, row.source) == ("12 to 18 for 3 questions", "pipeline guide")
+    assert all(text in page for text in (row.expected, row.source, f"<small>{row.reason}</small>"))
 
     other = run_folder(f"{RUN}-other")
     shutil.rmtree(other, ignore_errors=True)

@@ -19,7 +19,7 @@ FLOORS = [
     {"models", "report"},
     {"decoding"},
     {"serving"},
-    {"cards", "engines", "show"},
+    {"cards", "criteria", "engines", "show"},
     {"heldout", "trajectories"},
     {"ask"},
     {"runs", "training", "ppo"},

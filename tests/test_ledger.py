@@ -1,5 +1,4 @@
 "Properties of the ledger that must hold for any text, not only for the examples on the page."
-import time
 from fractions import Fraction
 
 import pytest
@@ -26,8 +25,8 @@ def test_the_ledger_reads_any_text(text):
 
 @st.composite
 def expressions(draw, depth=0):
-    "An expression as text and its exact value."
-    if depth > 2 or draw(st.booleans()):
+    "An expression in brackets as text, with its exact value; its parts may be bare numbers."
+    if depth > 2 or depth and draw(st.booleans()):
         n = draw(st.integers(1, 9999))
         return draw(st.sampled_from([f"{n}", f"{n:,}", f"${n}"])), Fraction(n)
     (a, x), (b, y) = draw(expressions(depth + 1)), draw(expressions(depth + 1))
@@ -39,8 +38,6 @@ def expressions(draw, depth=0):
 @given(expressions(), st.integers(1, 50))
 def test_the_ledger_knows_true_from_false(expression, error):
     text, value = expression
-    if not text.startswith("("):
-        return
     right = f"{value.numerator}/{value.denominator}" if value.denominator > 1 else str(value.numerator)
     assert ledger(f"So it is {text} = {right}") == (1, 1, None)
     wrong = value + error
@@ -57,13 +54,8 @@ def test_the_ledger_on_the_ways_people_write(text, share):
     assert ledger(text).share == share
 
 
-@pytest.mark.parametrize("piece", ["(", "( ", "$", ")", "1)", "1(", "1+", "1=", "9", "1,", "- ", "<<", "\\frac{", "1 ab", "%"])
-def test_a_hostile_text_takes_linear_time(piece):
-    "Each pattern reads a text once: 40,000 characters take far less than a second, where reading them again from each would take tens of them."
-    start = time.perf_counter()
-    ledger((piece * 40_000)[:40_000] + "=1")
-    assert time.perf_counter() - start < 3
-
-
 def test_regime_w_reads_the_same_ledger():
-    assert regime_w.ledger is ledger and regime_w.equations is equations
+    texts = ["3 + 4 = 7", "3 + 4 = 8 and 2 * 2 = 4", "no sums", "1 + 1 = 2, 2 + 2 = 5"]
+    trajectories = [{"arm_name": f"arm_{k}", "reasoning": text, "answer": "7"} for k, text in enumerate(texts)]
+    _, signals = regime_w.score_unlabelled(trajectories)
+    assert [(s["ledger"], s["first_false"]) for s in signals] == [(1, None), (.5, 0), (None, None), (.5, 1)]

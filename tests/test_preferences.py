@@ -1,6 +1,8 @@
 "What must hold for the pairs of any rollouts, and for the phase that writes them."
 import dataclasses
+import hashlib
 import json
+import math
 import random
 
 import pytest
@@ -30,9 +32,14 @@ TRAJECTORIES = st.lists(st.builds(trajectory, st.sampled_from(ARMS), TEXTS, st.s
                                   st.sampled_from(["stop", "stop", "length"])), min_size=1, max_size=11, unique_by=lambda t: t["arm_name"])
 ROLLOUTS = st.lists(TRAJECTORIES, max_size=4).map(
     lambda sets: [dict(question_id=f"q{i}", question=f"Q{i}?", gold_answer="7", trajectories=t) for i, t in enumerate(sets)])
-RULES = st.fixed_dictionaries(dict(policy=st.sampled_from(CHOICES["policy"]), pairing=st.sampled_from(CHOICES["pairing"]),
+RULES = st.fixed_dictionaries(dict(policy=st.sampled_from(CHOICES["policy"]),
+                                   coherence=st.sampled_from(CHOICES["coherence"]),
+                                   pairing=st.sampled_from(CHOICES["pairing"]),
                                    pair_types=st.sampled_from(CHOICES["pair_types"]), prompt=st.sampled_from(CHOICES["prompt"]),
                                    threshold=st.sampled_from([0., .01, .4]), cap=st.integers(1, 5), seed=st.integers(0, 3)))
+
+
+def coherence_pairs(pairs): return [p for p in pairs if p["pair_type"] == "coherence"]
 
 
 def sides(rollouts, pair):
@@ -69,7 +76,7 @@ def test_no_duplicates_and_the_limits_of_each_policy(rollouts, rules):
     assert len(set(keys)) == len(keys)
     for record in rollouts:
         own = [p for p in pairs if p["question_id"] == record["question_id"]]
-        assert sum(p["pair_type"] == "coherence" for p in own) <= 1
+        if rules["coherence"] == "best-worst": assert sum(p["pair_type"] == "coherence" for p in own) <= 1
         if rules["policy"] in ("best-worst", "hard"): assert sum(p["pair_type"] == "correctness" for p in own) <= 1
         if rules["policy"] == "capped":
             assert len(own) <= rules["cap"]
@@ -106,7 +113,8 @@ def test_the_account_adds_up(rollouts, rules):
     assert report["questions_with_pairs"] == len({p["question_id"] for p in pairs})
     everything = build_pairs_report(rollouts, **{**rules, "policy": "all"})[1]
     assert everything["correctness"] == report["correctness"] + report["dropped_left_by_policy"]
-    assert everything["dropped_left_by_policy"] == 0
+    assert everything["coherence"] == report["coherence"] + report["dropped_coherence_left_by_policy"]
+    assert everything["dropped_left_by_policy"] == everything["dropped_coherence_left_by_policy"] == 0
     assert report["dropped_cut_off"] == sum(t["correct"] and t["finish_reason"] == "length" for r in rollouts for t in r["trajectories"])
 
 
@@ -118,6 +126,46 @@ def test_coherence_is_best_over_worst():
     pair, = build_pairs(rollouts)
     assert (pair["chosen"], pair["rejected"]) == ("b 7", "d 7")
     assert build_pairs(rollouts, threshold=.9) == []
+
+
+@given(ROLLOUTS, st.sampled_from([0., .01, .4]))
+def test_all_above_the_threshold_is_every_ordered_pair_of_right_solutions(rollouts, threshold):
+    def expected(trajectories):
+        right = [t for t in trajectories if t["correct"]]
+        return {(c["arm_name"], w["arm_name"]) for c in right for w in right
+                if c["finish_reason"] == "stop" and c["reward"] - w["reward"] > threshold}
+
+    for r in rollouts:
+        different = list({t["full_text"].strip(): t for t in r["trajectories"]}.values())
+        made = build_pairs([r | {"trajectories": different}], threshold=threshold, pair_types="coherence",
+                           coherence="all-above-threshold")
+        assert {(p["chosen_arm"], p["rejected_arm"]) for p in made} == expected(different)
+        assert len(made) == len(expected(different))
+
+
+@given(ROLLOUTS, RULES)
+def test_no_text_is_better_and_worse_than_another(rollouts, rules):
+    keys = {(p["question_id"], p["chosen"].strip(), p["rejected"].strip()) for p in build_pairs(rollouts, **rules)}
+    assert not keys & {(q, rejected, chosen) for q, chosen, rejected in keys}
+
+
+@given(ROLLOUTS, RULES)
+def test_best_worst_is_the_first_of_all_above_the_threshold(rollouts, rules):
+    one, every = (coherence_pairs(build_pairs(rollouts, **{**rules, "policy": "all", "coherence": c}))
+                  for c in ("best-worst", "all-above-threshold"))
+    assert one == list({p["question_id"]: p for p in every[::-1]}.values())[::-1]
+
+
+FIXTURE_DIGESTS = {"platinum-11": "8ab265f6c2c1dfb5", "leave-one-out": "946e1888aa496cfb"}
+
+
+@pytest.mark.parametrize("preset", FIXTURE_DIGESTS)
+def test_the_default_pairs_of_the_fixture_stay_what_they_were(preset):
+    "Bit for bit, as at the commit before there was a choice of coherence pairs."
+    rollouts = read_rollouts("data/fixtures/rollouts.jsonl")
+    pairs = [build_pairs(score_records(rollouts, preset), policy, cap=cap)
+             for policy in ("all", "capped", "best-worst", "hard", "first-error") for cap in (1, 4)]
+    assert hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16] == FIXTURE_DIGESTS[preset]
 
 
 def test_equal_rewards_make_no_coherence_pair():
@@ -137,10 +185,29 @@ def test_nothing_to_pair():
     assert build_pairs(record(trajectory(ARMS[0], "a 8", 0.), trajectory(ARMS[1], "b 9", 0.))) == []
 
 
-@pytest.mark.parametrize("bad", [dict(policy="everything"), dict(policy="best_worst"), dict(cap=0), dict(threshold=-.1), dict(pairing="same"),
+@pytest.mark.parametrize("bad", [dict(coherence="all"), dict(threshold=math.inf), dict(threshold=math.nan),
+                                 dict(threshold="0.01"), dict(cap=2.5),
+                                 dict(policy="everything"), dict(policy="best_worst"), dict(cap=0),
+                                 dict(threshold=-.1), dict(pairing="same"),
                                  dict(pair_types="all"), dict(prompt="native"), dict(template="Solve it.")])
 def test_bad_rules_are_refused(bad):
     with pytest.raises(ValueError): build_pairs([], **bad)
+
+
+@pytest.mark.parametrize("rule", ["polcy", "treshold", "coherense"])
+def test_a_misspelt_rule_is_answered_with_the_nearest(rule):
+    near = {"polcy": "policy", "treshold": "threshold", "coherense": "coherence"}[rule]
+    for call in (build_pairs, build_pairs_report, compare_policies, inertness_audit):
+        with pytest.raises(SettingsError, match=f"there is no pair rule '{rule}'; did you mean '{near}'?"):
+            call(raw_rollouts(1), **{rule: 1})
+
+
+@pytest.mark.parametrize("field, value", [("reward", "1.5"), ("reward", math.nan), ("reward", math.inf),
+                                          ("correct", "false"), ("full_text", 7)])
+def test_a_field_of_the_wrong_kind_names_question_trajectory_and_field(field, value):
+    rollouts = record(trajectory(ARMS[0], "a 7", 1.), trajectory(ARMS[1], "b 7", 2.) | {field: value})
+    with pytest.raises(ValueError, match=f"question 'q', trajectory 1 .{ARMS[1]}.: field '{field}' must be .*, got "):
+        build_pairs(rollouts)
 
 
 def test_unscored_trajectories_are_refused():
@@ -172,6 +239,51 @@ def test_terms_of_the_set_are_always_inert(preset, policy):
     for term in {"s_wm", "agreement"} & set(audit.index):
         assert audit.gone[term] == audit.new[term] == audit.swapped[term] == 0
         assert audit.sentence[term].startswith(f"{term} cannot change any pair in this preset")
+
+
+def with_tokens(low, high):
+    "Rollouts of guide-8's arms with completions of `low` to `high` tokens."
+    rng, eight = random.Random(1), {a.name for a in arms("guide-8")}
+    longer = lambda t: t | {"num_tokens": rng.randint(low, high)}
+    return [r | {"trajectories": [longer(t) for t in r["trajectories"] if t["arm_name"] in eight]}
+            for r in raw_rollouts(40)]
+
+
+def test_the_guides_coherence_pairs_come_from_length_and_only_beyond_the_free_tokens():
+    long, short = with_tokens(560, 640), with_tokens(300, 512)
+    pairs, none = (coherence_pairs(build_pairs(score_records(r, "guide-8"))) for r in (long, short))
+    assert len(pairs) > 30 and none == []
+    tokens = {(r["question_id"], t["arm_name"]): t["num_tokens"] for r in long for t in r["trajectories"]}
+    for p in pairs:
+        assert tokens[p["question_id"], p["chosen_arm"]] + 10 < tokens[p["question_id"], p["rejected_arm"]]
+    audited, inert = (inertness_audit(r, "guide-8").loc["excess_tokens"] for r in (long, short))
+    assert audited.limits == "" and audited["coherence gone"] == len(pairs)
+    limit = "no completion is longer than 512 tokens, the longest has 512: the length penalty is 0 everywhere"
+    assert inert.limits == limit and inert.sentence.endswith(f"{limit[0].upper()}{limit[1:]}.")
+
+
+def lone(**fields): return [r | {"trajectories": [t | fields for t in r["trajectories"]]} for r in raw_rollouts(8)]
+
+
+@pytest.mark.parametrize("rollouts, preset, term, says", [
+    (lone(answer="8"), "platinum-11", "quality", "no question has two right solutions"),
+    (lone(answer="8"), "platinum-11", "correct", "no solution is right"),
+    (lone(answer="7"), "platinum-11", "correct", "every solution is right"),
+    (raw_rollouts(8), "platinum-11", "agreement", "in no question do all arms answer and agree on the right answer"),
+    (lone(reasoning="so then"), "leave-one-out", "coherence", "no solution holds an equation that can be checked: the"),
+    (lone(reasoning="so then"), "guide-8", "s_wm", "no solution holds an equation that can be checked: s_cf is 0"),
+    ([r | {"trajectories": r["trajectories"][:1]} for r in raw_rollouts(3)], "leave-one-out", "coherence",
+     "coherence has no value"),
+    (lone(num_tokens=200, finish_reason="length"), "guide-8", "excess_tokens",
+     "the longest has 200 and 88 were cut off: the length")])
+def test_the_audit_names_what_a_term_lacks(rollouts, preset, term, says):
+    row = inertness_audit(rollouts, preset).loc[term]
+    assert says in row.limits and row.sentence.endswith(f"{row.limits[0].upper()}{row.limits[1:]}.")
+
+
+def test_a_term_that_can_act_has_no_limit():
+    audit = inertness_audit(raw_rollouts(8), "leave-one-out")
+    assert set(audit.limits[["correct", "coherence", "excess_tokens"]]) == {""}
 
 
 def test_the_audit_counts_what_quality_does():
@@ -209,8 +321,9 @@ def files(s): return {p: p.read_bytes() for p in s.path.parent.glob("*")} if s.p
 def test_the_phase_writes_pairs_and_a_manifest_once(phase):
     pairs = main(phase)
     assert pairs == records.read_records(phase.path) == build_pairs(read_rollouts(phase.rollouts), **phase.rules)
-    counts = open_phase(phase).manifest["counts"]
+    counts, metrics = (open_phase(phase).manifest[k] for k in ("counts", "metrics"))
     assert counts["correctness"] + counts["coherence"] == len(pairs)
+    assert metrics["weights"]["quality"] == .3 and "agreement" in metrics["limits"]
     before = files(phase)
     assert main(phase) == pairs and files(phase) == before
     assert len(pair_table(pairs, read_rollouts(phase.rollouts))) == len(pairs)
@@ -234,6 +347,8 @@ BROKEN = {
     "no question": (lambda r: {k: v for k, v in r.items() if k != "question"}, "line 2.*'question' is missing"),
     "no text": (lambda r: r | {"trajectories": [{k: v for k, v in r["trajectories"][0].items() if k != "full_text"}]}, "line 2, trajectory 0.*'full_text' is missing"),
     "tokens as text": (lambda r: r | {"trajectories": [r["trajectories"][0], r["trajectories"][1] | {"num_tokens": "12"}]}, "line 2, trajectory 1.*'num_tokens' must be int"),
+    "negative tokens": (lambda r: r | {"trajectories": [r["trajectories"][0] | {"num_tokens": -1}]},
+                        "line 2, trajectory 0: field 'num_tokens' must be 0 or more"),
     "answer as number": (lambda r: r | {"trajectories": [r["trajectories"][0] | {"answer": 7}]}, "line 2.*'answer' must be text or null"),
     "no object": (lambda r: r | {"trajectories": ["3 + 4 = 7"]}, "line 2, trajectory 0: expected an object"),
     "twice": (lambda r: r | {"question_id": f"{0:016x}"}, "line 2.*already in line 1"),

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from looper_math import regime_w
 from looper_math.prompts import ARM_SETS, Arm, arms, sample_seed
-from looper_math.regime_w import (PRESETS, REWARD_TERMS, Weights, reward, score_question, score_records,
+from looper_math.records import SettingsError
+from looper_math.regime_w import (PRESETS, REWARD_TERMS, Preset, Weights, reward, score_question, score_records,
                                   score_rollout)
 
 NAMES = [a.name for a in arms()] + ["stranger"]
@@ -101,6 +102,22 @@ def test_s_end_and_consensus_count_pairs(trajectories):
     assert close(metrics["s_cf"], max(same) / (n - 1) if n > 1 else alone)
 
 
+@given(trajectory_sets())
+def test_s_end_of_the_guide_is_the_share_of_the_largest_group(trajectories):
+    values = [regime_w.parse_answer(t["answer"]) for t in trajectories]
+    largest = max((values.count(v) for v in values if v is not None), default=0)
+    assert close(score_question(trajectories, "guide-8")["s_end"], largest / len(values))
+
+
+@given(trajectory_sets(), st.integers(-3, 14))
+def test_the_reward_of_core_variants_is_correctness_quality_and_length(trajectories, gold):
+    metrics, scored = score_rollout(trajectories, gold, "core-variants")
+    for t, s in zip(trajectories, scored):
+        expected = s["correct"] + 0.3 * (s["signals"]["quality"] or 0) - 0.001 * max(0, t["num_tokens"] - 512)
+        assert close(s["reward"], expected)
+    assert metrics == score_question(trajectories, "core-variants")   # reported all the same
+
+
 @given(trajectory_sets(smallest=2))
 def test_jaccard_and_length_match_plain_sets(trajectories):
     trajectories = [dict(t, arm_name="stranger") for t in trajectories]
@@ -144,6 +161,40 @@ def test_a_missing_field_is_named(field):
         score_rollout(rows, 1, question="q9")
 
 
+WRONG_KINDS = {"answer": [True, ["14"], {"value": 14}], "reasoning": [17, ["a", "b"]], "arm_name": [3],
+               "num_tokens": ["12", -1, 2.5, False, math.nan, 10**400]}
+
+
+@pytest.mark.parametrize("field, value", [(f, v) for f, values in WRONG_KINDS.items() for v in values])
+def test_a_field_of_the_wrong_kind_is_a_value_error_that_names_the_trajectory(field, value):
+    rows = [dict(arm_name=n, reasoning="x", answer=1, num_tokens=3) for n in "abc"]
+    rows[1][field] = value
+    with pytest.raises(ValueError, match="question 'q9': trajectory 1: "):
+        score_rollout(rows, 1, question="q9")
+    if field != "num_tokens":
+        with pytest.raises(ValueError, match="question 'q9': trajectory 1: "):
+            score_question(rows, question="q9")
+
+
+@pytest.mark.parametrize("gold", [True, ["14"], "fourteen", None])
+def test_a_gold_answer_that_is_no_number_is_named(gold):
+    with pytest.raises(ValueError, match="question 'q9': the gold answer .* is no number"):
+        score_rollout([dict(arm_name="a", reasoning="x", answer=1, num_tokens=3)], gold, question="q9")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, "0.5", True, None])
+def test_a_weight_must_be_a_finite_number(value):
+    with pytest.raises(SettingsError, match="weight 'quality' must be a finite number"):
+        Weights(quality=value)
+
+
+@pytest.mark.parametrize("form", [dict(s_end="largets"), dict(s_path="lenght"), dict(s_cf="consensu"),
+                                  dict(alignment="probe"), dict(arm_set="guide8")])
+def test_a_preset_of_an_unknown_form_is_refused(form):
+    with pytest.raises(SettingsError, match=f"unknown {next(iter(form))} .*did you mean"):
+        Preset("mine", **{"arm_set": "guide-8"} | form)
+
+
 @pytest.mark.parametrize("call", [lambda: score_question([], "platinum"), lambda: arms("platinum"), lambda: score_rollout([], 1, "platinum")])
 def test_an_unknown_name_is_answered_with_the_nearest(call):
     with pytest.raises(ValueError, match="did you mean 'platinum-11'"):
@@ -179,3 +230,4 @@ def test_every_reward_term_has_a_weight():
     assert (w.end, w.path, w.cf, w.length, w.overlap, w.conciseness, w.alignment) == (0.4, 0.3, 0.3, 0.4, 0.6, 0.4, 0.6)
     guide = PRESETS["guide-8"].weights
     assert (guide.end, guide.path, guide.cf, guide.quality) == (0.5, 0.3, 0.2, 0.0)
+    assert PRESETS["core-variants"].weights == replace(Weights(), s_wm=0.0, agreement=0.0)

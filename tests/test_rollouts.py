@@ -12,7 +12,7 @@ import pytest
 
 from conftest import RUN
 from looper_math import preferences, rollouts
-from looper_math.records import ROOT, RecordError, RunConflict, read_json, read_records, run_folder
+from looper_math.records import ROOT, RecordError, RunConflict, read_json, read_records, run_folder, seal
 from looper_math.prompts import arms
 from looper_math.runs import parameters_of
 
@@ -110,6 +110,24 @@ def test_a_lost_shard_and_a_torn_line_cost_only_themselves(random_adapter, unbro
     remove(run_folder(s.run))
 
 
+def test_a_hole_in_a_text_is_noticed(random_adapter, unbroken):
+    "Bytes cut out of a completion between two runs: the line is named, and without it the phase ends as unbroken."
+    s = settings(random_adapter, "hole")
+    process, shard = start(s), s.folder / "shard-0.jsonl"
+    while not shard.exists() or shard.read_bytes().count(b"\n") < 3: time.sleep(.01)
+    process.kill()
+    process.join()
+    lines = shard.read_bytes().splitlines(keepends=True)
+    text = json.loads(lines[1])["trajectories"][0]["full_text"].encode()
+    holed = lines[1].replace(text[4:8], b"", 1)
+    assert holed != lines[1] and json.loads(holed)
+    shard.write_bytes(lines[0] + holed + b"".join(lines[2:]))
+    with pytest.raises(RecordError, match="shard-0.jsonl, line 2: the record was changed after it was written"): rollouts.gather(s)
+    shard.write_bytes(lines[0] + b"".join(lines[2:]))
+    assert finish(s) == unbroken[0]
+    remove(run_folder(s.run))
+
+
 def test_a_full_disk_loses_nothing_else(random_adapter, unbroken):
     "A file may not grow beyond a third of what is needed: a clear message, whole lines only, and the same end once there is room."
     expected, _ = unbroken
@@ -138,27 +156,144 @@ def test_other_settings_and_contradictions_are_refused(random_adapter, unbroken)
     phase.begin()
     with pytest.raises(RunConflict, match="max_new_tokens: 16 there, 17 now"): rollouts.run_phase(dataclasses.replace(s, max_new_tokens=17))
     line = json.loads(unbroken[0].splitlines()[0])
-    for k, gold in enumerate(("1", "2")): (s.folder / f"shard-{k}.jsonl").write_text(json.dumps(line | {"gold_answer": gold}) + "\n")
+    for k, gold in enumerate(("1", "2")): (s.folder / f"shard-{k}.jsonl").write_text(json.dumps(seal(line | {"gold_answer": gold})) + "\n")
     with pytest.raises(RecordError, match="differs from the one in another file"): rollouts.run_phase(s)
     assert len(list(s.folder.glob("shard-*.jsonl"))) == 2
     remove(run_folder(s.run))
 
 
-def test_imported_rollouts_feed_the_next_phase(tmp_path):
-    "A file as earlier scripts wrote it becomes a phase 2 of which pairs are made; a resume with another file is refused."
-    path = tmp_path / "theirs.jsonl"
-    trajectories = [{"arm_name": arm.name, "full_text": f"3 * 5 = 15\n12 + 15 = {27 + k % 2}\nAnswer: {27 + k % 2}", "answer": "27", "num_tokens": 7, "reward": .5, "correct": True} for k, arm in enumerate(arms())]
-    theirs = [{"question": f"Mia has 12 plums and buys 3 bags of 5. How many now, in week {k}?", "gold_answer": "12 + 15 = 27\n#### 27", "trajectories": trajectories} for k in range(5)]
-    path.write_text("".join(json.dumps(t) + "\n" for t in theirs))
-    run = run_folder(RUN + "-import")
+RIGHT, WRONG = (f"3 * 5 = 15\n12 + 15 = {n}\nAnswer: {n}" for n in (27, 28))
+HALF = "3 * 5 = 15\n12 + 15 = 27, so that Mia has"   # its last number is right, and it was cut off
+
+
+def foreign_record(*trajectories, **changes):
+    "A record as another script may have written it."
+    return {"question": "Mia has 12 plums and buys 3 bags of 5. How many now?", "gold_answer": "12 + 15 = 27\n#### 27",
+            "trajectories": list(trajectories)} | changes
+
+
+def named(*texts, **changes):
+    "Trajectories of arms with invented names."
+    return [{"arm_name": f"arm {k}", "full_text": text} | changes for k, text in enumerate(texts)]
+
+
+@pytest.fixture
+def importing(tmp_path):
+    "Settings of an import of these records, in a run of its own."
+    path, run = tmp_path / "theirs.jsonl", run_folder(RUN + "-import")
+    def import_of(*records):
+        remove(run)
+        path.write_text("".join(json.dumps(r) + "\n" for r in records))
+        return rollouts.RolloutSettings(**DEFAULTS | {"run": run.name, "import_from": str(path)})
+    yield import_of
     remove(run)
-    s = rollouts.RolloutSettings(**DEFAULTS | {"run": run.name, "import_from": str(path)})
-    counts = rollouts.run_phase(s)["counts"]
-    assert counts["questions"] == 5 and counts["imported"]["correct"] == {"given": 55, "different": 25} and counts["imported"]["num_tokens"]["different"] == 55
+
+
+def pairs_of(s):
+    "The pairs that phase 3 makes of phase 2."
     defaults = {k: p.default for k, p in parameters_of(ROOT / "nbs/03_preferences.ipynb").items()}
-    pairs = preferences.main(preferences.PreferenceSettings(**defaults | {"run": run.name}))
+    return preferences.main(preferences.PreferenceSettings(**defaults | {"run": s.run}))
+
+
+def test_imported_rollouts_feed_the_next_phase(importing):
+    "A file as earlier scripts wrote it becomes a phase 2 of which pairs are made; a resume with another file is refused."
+    claims = {"answer": "27", "num_tokens": 7, "reward": .5, "correct": True}
+    trajectories = [{"arm_name": arm.name, "full_text": (RIGHT, WRONG)[k % 2]} | claims for k, arm in enumerate(arms())]
+    theirs = [foreign_record(*trajectories, question=f"Mia has 12 plums and buys 3 bags of 5. How many in week {k}?")
+              for k in range(5)]
+    s = importing(*theirs)
+    counts = rollouts.run_phase(s)["counts"]
+    assert counts["questions"] == 5 and counts["imported"]["correct"] == {"given": 55, "different": 25}
+    assert counts["imported"]["num_tokens"]["different"] == 55
+    pairs = pairs_of(s)
     assert pairs and all("27" in p["chosen"] and "28" in p["rejected"] for p in pairs if p["pair_type"] == "correctness")
     assert read_json(s.folder / "manifest.json")["inputs"].keys() == {"import_from"}
-    path.write_text(json.dumps(theirs[0]) + "\n")
+    with open(s.import_from, "a") as f: f.write(json.dumps(foreign_record(trajectories[0])) + "\n")
     with pytest.raises(RunConflict, match="import_from"): rollouts.run_phase(s)
-    remove(run)
+
+
+CUTS = ("LENGTH", "max_tokens", "MAX_TOKENS", "model_length", "max_new_tokens", "FinishReason.LENGTH")
+
+@pytest.mark.parametrize("word", CUTS)
+def test_a_text_that_was_cut_off_is_never_chosen(importing, word):
+    "Whatever word its engine has for it; the right text that ended is chosen alone."
+    reasons = [{"finish_reason": reason} for reason in (word, "EOS_TOKEN", "end_turn")]
+    s = importing(foreign_record(*(t | reason for t, reason in zip(named(HALF, RIGHT, WRONG), reasons))))
+    assert rollouts.run_phase(s)["counts"]["cut_off"] == 1
+    assert [t["finish_reason"] for t in read_records(s.path)[0]["trajectories"]] == ["length", "stop", "stop"]
+    assert {p["chosen"] for p in pairs_of(s)} == {RIGHT}
+
+
+def test_without_a_reason_the_text_decides(importing, capsys):
+    "Half a sentence is cut off and never chosen; what announces its answer is unknown, and may be; both are announced."
+    s = importing(foreign_record(*named(HALF, RIGHT, WRONG)))
+    counts = rollouts.run_phase(s)["counts"]
+    assert [t["finish_reason"] for t in read_records(s.path)[0]["trajectories"]] == ["length", "unknown", "unknown"]
+    assert {p["chosen"] for p in pairs_of(s)} == {RIGHT}
+    assert counts["lacking"]["finish_reason"] == 3 and counts["cut_off"] == 1
+    assert "3 of 3 trajectories have no finish_reason. Used instead: unknown, or length" in capsys.readouterr().out
+
+
+def test_arm_names_hold_slashes(importing):
+    s = importing(foreign_record(*({"arm_name": name, "full_text": RIGHT} for name in ("a/b", "c/b"))))
+    rollouts.run_phase(s)
+    assert [t["arm_name"] for t in read_records(s.path)[0]["trajectories"]] == ["a/b", "c/b"]
+
+
+def test_trajectories_without_names_are_numbered_and_announced(importing, capsys):
+    "Together with what that switches off: without probes s_probe has no value."
+    s = importing(foreign_record(*({"full_text": (RIGHT, WRONG)[k % 2], "finish_reason": "stop"} for k in range(11))))
+    counts = rollouts.run_phase(s)["counts"]
+    record = read_records(s.path)[0]
+    assert [t["arm_name"] for t in record["trajectories"]] == [f"unnamed_{k}" for k in range(11)]
+    assert record["metrics"]["s_probe"] is None and "finish_reason" not in counts["lacking"]
+    assert all(counts["lacking"][name] == 11 for name in ("arm_name", "prompt", "seed", "num_tokens"))
+    out = capsys.readouterr().out
+    assert "11 of 11 trajectories have no arm_name. Used instead: unnamed_0" in out
+    assert "Not available: probes: s_probe" in out and "generate the rollouts again" in out
+    assert all(p["chosen_arm"] != p["rejected_arm"] for p in pairs_of(s))
+
+
+TRAJECTORY = { # changes to a trajectory → the message
+    "unknown reason": ({"finish_reason": "tired"}, "'finish_reason' has an unknown word, 'tired'"),
+    "text with half a pair": ({"full_text": "\udfff 27"}, "full_text' holds half of a surrogate pair"),
+    "name with half a pair": ({"arm_name": "\ud800"}, "arm_name' holds half of a surrogate pair"),
+    "endless tokens": ({"num_tokens": 10**400}, "num_tokens' "),
+    "too many tokens": ({"num_tokens": 10**9}, "'num_tokens' must be a number of tokens, 0 to 10,000,000, got 1000"),
+    "negative tokens": ({"num_tokens": -7}, "'num_tokens' must be a number of tokens, 0 to 10,000,000, got -7"),
+    "tokens as text": ({"num_tokens": "7"}, "'num_tokens' must be a number of tokens, 0 to 10,000,000, got '7'"),
+    "answer true": ({"answer": True}, "'answer' must be text or a number, got True"),
+    "reward not a number": ({"reward": float("nan")}, "'reward' must be a number between"),
+    "endless reward": ({"reward": 10**400}, "reward' "),
+}
+RECORD = { # changes to a record → the message
+    "question null": ({"question": None}, "'question' must be str, got None"),
+    "question a number": ({"question": 12}, "'question' must be str, got 12"),
+    "question with half a pair": ({"question": "Mia \ud800?"}, "'question' holds half of a surrogate pair"),
+    "no list": ({"trajectories": {"0": {}}}, "'trajectories' must be list"),
+    "gold true": ({"gold_answer": True}, "'gold_answer' must be text or a number, got True"),
+    "gold null": ({"gold_answer": None}, "'gold_answer' must be text or a number, got None"),
+    "endless metric": ({"metrics": {"s_wm": 10**400}}, "'metrics.s_wm' "),
+    "metric as text": ({"metrics": {"s_wm": "high"}}, "'metrics.s_wm' must be a number between"),
+    "metrics a list": ({"metrics": [1]}, "'metrics' must be an object, got [1]"),
+}
+UNUSABLE = {name: (foreign_record(*named(RIGHT, **change)), m) for name, (change, m) in TRAJECTORY.items()}
+UNUSABLE |= {name: (foreign_record(*named(RIGHT), **change), m) for name, (change, m) in RECORD.items()}
+UNUSABLE |= {
+    "no object": (foreign_record("27"), "line 1, trajectory 0: expected an object, got str"),
+    "two of a name": (foreign_record(*named(RIGHT, WRONG, arm_name="a")),
+                      "line 1, trajectory 1: field 'arm_name' is 'a', as in trajectory 0"),
+    "one without a name": (foreign_record(*named(RIGHT), {"full_text": WRONG}),
+                           "line 1, trajectory 1: field 'arm_name' is missing"),
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_what_cannot_be_used_is_refused_by_its_place(importing, case):
+    "File, line, trajectory and field, and nothing is written."
+    record, message = UNUSABLE[case]
+    s = importing(record)
+    with pytest.raises(RecordError) as refused: rollouts.run_phase(s)
+    assert message in str(refused.value) and "theirs.jsonl, line 1" in str(refused.value)
+    assert case not in TRAJECTORY or "trajector" in str(refused.value)
+    assert not s.folder.exists()

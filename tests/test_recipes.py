@@ -1,0 +1,114 @@
+"The settings of every recipe agree with each other, and with what its comments say."
+import math
+import re
+
+import pytest
+
+from looper_math.prompts import arms, build_prompt
+from looper_math.records import ROOT
+from looper_math.regime_w import find_preset
+from looper_math.runs import assign, phases_of, read_recipe, recipes
+
+GSM8K = {"openai/gsm8k": 7473, "openai/gsm8k:test": 1319, "madrylab/gsm8k-platinum": 1209}
+
+
+def values(recipe):
+    "phase → parameter → value."
+    phases = phases_of(ROOT, recipe)
+    return assign(read_recipe(ROOT, recipe, phases), phases)
+
+
+def size(source, limit):
+    "Questions of a slice of GSM8K."
+    name, _, cut = source.partition("[")
+    low, _, high = cut.rstrip("]").partition(":")
+    whole = GSM8K[name.removesuffix(":train")]
+    return min((int(high) if high else whole) - (int(low) if low else 0), limit or whole)
+
+
+BIG = [r for r in recipes() if any(not str(v.get("base", "data/")).startswith("data/") for v in values(r).values())]
+
+
+def text(recipe, phase): return (ROOT / f"nbs/recipes/{recipe}/{phase}.yaml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("recipe", recipes())
+def test_all_phases_share_prompt_base_and_preset(recipe):
+    for name in ("template", "base", "preset", "dtype"):
+        assert len({str(v[name]) for v in values(recipe).values() if name in v}) <= 1, name
+
+
+@pytest.mark.parametrize("recipe", recipes())
+def test_arms_are_the_presets_wherever_arms_answer(recipe):
+    v = values(recipe)
+    preset = next(p["preset"] for p in v.values() if "preset" in p) if any("preset" in p for p in v.values()) else None
+    for phase, p in v.items():
+        if p.get("arm_set") and preset: assert p["arm_set"] == find_preset(preset).arm_set, phase
+    rollouts = v.get("02_rollouts")
+    if rollouts and "04_dpo" in v:
+        assert set(v["04_dpo"]["control_arms"]) <= {a.name for a in arms(rollouts["arm_set"])}
+
+
+@pytest.mark.parametrize("recipe", BIG)
+def test_there_is_room_for_the_length_penalty_and_for_what_is_trained_on(recipe):
+    v = values(recipe)
+    sampled = [p for p in ("02_rollouts", "06_online_rl") if p in v]
+    for phase in sampled:
+        free = v[phase].get("weights", {}).get("free_tokens", find_preset(v[phase]["preset"]).weights.free_tokens)
+        assert v[phase]["max_new_tokens"] >= 2 * free, phase
+    longest = max([v[p]["max_new_tokens"] for p in sampled])
+    for phase, p in v.items():
+        assert p.get("max_new_tokens", longest) >= longest, f"{phase} would cut off what {sampled} may write"
+        trained_on = longest if phase == "04_dpo" or p.get("targets", "human") != "human" else 512
+        if "max_length" in p: assert p["max_length"] >= trained_on + 512, phase
+
+
+@pytest.mark.parametrize("recipe", BIG)
+def test_every_process_has_a_share_of_the_rollouts(recipe):
+    v = values(recipe)
+    if "02_rollouts" not in v: return
+    p = v["02_rollouts"]
+    questions = size(p["questions"], p["limit"])
+    assert math.ceil(questions / p["chunk"]) == p["n_gpu"]
+    stated = re.search(r"([\d,]+) questions x (\d+) (?:arms|variants)", text(recipe, "02_rollouts"))
+    if stated: assert (int(stated[1].replace(",", "")), int(stated[2])) == (questions, len(arms(p["arm_set"])))
+    total = re.search(r"([\d,]+) trajectories", text(recipe, "02_rollouts"))
+    if total: assert int(total[1].replace(",", "")) == questions * len(arms(p["arm_set"]))
+
+
+@pytest.mark.parametrize("recipe", [r for r in BIG if "05_eval" in values(r)])
+def test_the_numbers_of_the_evaluation_are_those_of_its_comment(recipe):
+    p = values(recipe)["05_eval"]
+    several = (p["samples"] + len(arms(p["arm_set"]))) * p["sampled_questions"] * p["sampled_models"]
+    greedy = size(p["questions"], p["limit"]) * len(p["models"]) * len(p["styles"])
+    stated = re.search(r"([\d,]+) completions beside the ([\d,]+) greedy", text(recipe, "05_eval"))
+    if stated: assert [int(n.replace(",", "")) for n in stated.groups()] == [several, greedy]
+
+
+@pytest.mark.parametrize("recipe", BIG)
+def test_updates_are_those_of_the_comments(recipe):
+    v = values(recipe)
+    for phase in ("01_sft", "04_dpo", "06_online_rl"):
+        if phase not in v: continue
+        p, source = v[phase], text(recipe, phase)
+        batch = p["batch_size"] * p["accumulation"] * max(1, p["n_gpu"])
+        stated = re.search(r"(\d+) (?:rows|pairs|questions) (?:\(\d+ trajectories\) )?an update", source)
+        if stated: assert int(stated[1]) == batch, phase
+        if updates := re.search(r"(\d+) updates", source):
+            rows = size(p.get("train") or p["questions"], p["limit"])
+            assert int(updates[1]) == (rows // batch if phase == "06_online_rl" else math.ceil(rows / batch)), phase
+
+
+@pytest.mark.parametrize("recipe", ["guide-8", "core-8b"])
+def test_the_guides_prompts_have_a_tutoring_tone(recipe):
+    template = values(recipe)["02_rollouts"]["template"]
+    prompt = build_prompt("How many?", template=template)
+    assert "tutor" in prompt and not re.search(r"\d", template) and prompt.endswith("step by step.\n")
+    assert all("template:" not in text(recipe, p.stem).replace("native_template:", "")
+               for p in (ROOT / f"nbs/recipes/{recipe}").glob("0*.yaml"))
+
+
+def test_deepseek_fits_the_readmes_gpu():
+    v = values("deepseek-r1-8b")
+    assert all(v[p]["load_in_4bit"] and v[p]["n_gpu"] == 1 for p in ("01_sft", "06_online_rl"))
+    assert v["06_online_rl"]["algorithm"] == "ppo" and v["06_online_rl"]["arm_set"] == "guide-8"

@@ -1,0 +1,158 @@
+"The documents' expectations beside a run's numbers, for each preset, with real rollouts and pairs."
+import random
+
+import pytest
+
+from looper_math import criteria
+from looper_math.preferences import build_pairs_report, reward_terms
+from looper_math.prompts import arms, build_prompt
+from looper_math.records import RecordWriter, write_json
+from looper_math.regime_w import PRESETS, find_preset, score_records
+
+ABEL = {"base": "GAIR/Abel-7B-002", "n_gpu": 8}
+COMMON = {"git_commit": "", "versions": {}, "metrics": {}}
+
+
+def trajectory(rng, arm, question, tokens):
+    total = 7 if rng.random() < .7 else rng.choice([8, 12])
+    words = " ".join(rng.choices("so we add three and four apples then".split(), k=rng.randint(3, 12)))
+    text = f"{words} 3 + 4 = {total}"
+    return dict(arm_name=arm.name, prompt=build_prompt(question, arm.instruction), full_text=f"{text}\nAnswer: {total}",
+                reasoning=text, answer=str(total), answer_strict=str(total), num_tokens=rng.randint(*tokens),
+                finish_reason="stop", seed=1)
+
+
+def rollouts(arm_set, questions=20, tokens=(80, 300)):
+    rng, records = random.Random(0), []
+    for k in range(questions):
+        solutions = [trajectory(rng, a, f"Question {k}?", tokens) for a in arms(arm_set)]
+        records.append(dict(question_id=f"{k:016x}", question=f"Question {k}?", gold_answer="7", trajectories=solutions))
+    return records
+
+
+def finished(folder, preset, changes={}, losses=(.62, .48, .38), **sizes):
+    "A run of Abel-7B, its rollouts and pairs made by the project's code, its training and evaluation invented."
+    arm_set = find_preset(preset).arm_set
+    p = {"02_rollouts": ABEL | {"arm_set": arm_set, "limit": 20, "questions": "openai/gsm8k", "preset": preset},
+         "03_preferences": {"policy": "all", "coherence": "best-worst", "threshold": .01, "cap": 4, "preset": preset},
+         "04_dpo": ABEL | {"epochs": 3, "learning_rate": 5e-5, "beta": .1, "loss": "sigmoid", "nll_weight": 0.},
+         "05_eval": ABEL | {"questions": "madrylab/gsm8k-platinum", "limit": 0, "models": {}}}
+    p = {phase: values | changes.get(phase, {}) for phase, values in p.items()}
+    scored = list(score_records(rollouts(arm_set, **sizes), preset))
+    (folder / "02_rollouts").mkdir(parents=True)
+    with RecordWriter(folder / "02_rollouts/rollouts.jsonl") as writer: writer.append(scored)
+    rules = {k: v for k, v in p["03_preferences"].items() if k != "preset"}
+    counts = {"02_rollouts": {"questions": len(scored)}, "03_preferences": build_pairs_report(scored, **rules)[1],
+              "04_dpo": {"pairs": 100}, "05_eval": {"test": 1209}}
+    score = lambda k: {"correct": k, "n": 1209, "cut_off": 3}
+    change = {"gained": 60, "lost": 25, "n": 1209, "p": .001, "p_holm": .002, "difference": 35 / 1209}
+    models = {"base": score(972), "sft": score(985), "dpo": score(1020)}
+    metrics = {"03_preferences": reward_terms(scored, preset),
+               "05_eval": {"models": models, "paired": {"dpo_vs_sft": change}}}
+    for phase, values in p.items():
+        write_json(folder / phase / "manifest.json", COMMON | {"parameters": values, "counts": counts[phase]} |
+                   ({"metrics": metrics[phase]} if phase in metrics else {}))
+    log = [{"epoch": k + part, "loss": loss + .01 - .02 * part, "grad_norm": 1., "step": 10 * k}
+           for k, loss in enumerate(losses) for part in (.5, 1)]
+    write_json(folder / "04_dpo/adapter/trainer_state.json", {"log_history": log})
+    seconds = {"02_rollouts": 1200., "04_dpo": 1700., "05_eval": 800.}
+    write_json(folder / "run.json", {"recipe": "x", "parameters": {}, "seconds": seconds})
+    return criteria.criteria(folder).set_index("criterion")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_verdict_has_number_expectation_and_source_and_every_fail_a_reason(tmp_path, preset):
+    judged = finished(tmp_path / "run", preset)
+    assert list(judged) == ["verdict", "found", "expected", "source", "reason"]
+    assert set(judged.verdict) <= {"pass", "fail", "not measurable", "not applicable"}
+    assert judged.found.all() and judged.expected.all()
+    assert set(judged.source) <= {"readme", "deployment guide", "pipeline guide", "core guide", "8B readme", "ours"}
+    assert judged.reason[judged.verdict.isin(["fail", "not applicable"])].all()
+    assert not judged.reason[judged.verdict == "pass"].any()
+
+
+@pytest.mark.parametrize("preset, source, size", [
+    ("platinum-11", "deployment guide", "20 questions x 11 arms: 220"),
+    ("leave-one-out", "deployment guide", "20 questions x 11 arms: 220"),
+    ("guide-8", "pipeline guide", "20 questions x 8 arms: 160"),
+    ("core-variants", "core guide", "20 questions x 12 arms: 240")])
+def test_counts_are_scaled_to_the_recipes_questions_and_arms(tmp_path, preset, source, size):
+    row = finished(tmp_path / "run", preset).loc["questions and trajectories"]
+    assert (row.verdict, row.expected, row.source) == ("pass", size, source)
+
+
+def test_pairs_are_scaled_to_the_questions_and_a_contradiction_is_named(tmp_path):
+    judged = finished(tmp_path / "run", "platinum-11")
+    assert judged.expected["pairs"] == "120 to 200 for 20 questions"
+    share = judged.loc["share of correctness pairs"]
+    assert share.verdict == "fail" and "the expectations exclude each other" in share.reason
+    assert "20 coherence pairs of 120 are 17 %" in share.reason
+    assert "coherence=all-above-threshold lifts that limit" in share.reason
+    every = finished(tmp_path / "every", "platinum-11", {"03_preferences": {"coherence": "all-above-threshold"}})
+    assert "exclude" not in every.reason["share of correctness pairs"]
+
+
+def test_the_rewards_that_the_deployment_guide_expects_are_explained_by_the_weights(tmp_path):
+    row = finished(tmp_path / "run", "platinum-11").loc["reward from 0.5 to 1.2"]
+    assert row.verdict == "fail"
+    assert "gets 1 and up to 0.5 for s_wm, up to 0.3 for quality, up to 0.2 for agreement;" in row.reason
+
+
+@pytest.mark.parametrize("tokens, verdict, reason", [
+    ((560, 900), "fail", "1.0 a question"),
+    ((80, 300), "fail", "no completion is longer than 512 tokens, the longest has 300: the length penalty is 0")])
+def test_the_guides_coherence_pairs_need_completions_beyond_the_free_tokens(tmp_path, tokens, verdict, reason):
+    row = finished(tmp_path / "run", "guide-8", tokens=tokens).loc["coherence pairs"]
+    assert row.verdict == verdict and row.reason.startswith(reason)
+    assert row.expected == "6 to 12 for 20 questions" and row.source == "pipeline guide"
+
+
+def test_accuracies_and_times_are_judged_on_the_documents_model_test_and_host_only(tmp_path):
+    judged = finished(tmp_path / "abel", "guide-8")
+    verdicts = judged.verdict[["accuracy of base", "accuracy of dpo", "minutes of 04_dpo"]]
+    assert verdicts.tolist() == ["fail", "pass", "pass"]
+    assert judged.found["accuracy of base"] == "80.4 % (78.1 to 82.5)"
+    for model, gap in (("base", .04), ("sft", .53)):
+        reason = f"{gap} points below, which chance alone may explain; 3 answers were cut off"
+        assert judged.reason[f"accuracy of {model}"] == reason
+    assert judged.verdict["minutes of 05_eval"] == "not applicable"   # the guide's ten minutes are of one GPU
+    pocket = {phase: {"base": "data/pocket-base", "n_gpu": 0} for phase in ("02_rollouts", "04_dpo", "05_eval")}
+    other = finished(tmp_path / "pocket", "guide-8", pocket)
+    for name in ("accuracy of base", "accuracy of sft", "accuracy of dpo", "minutes of 02_rollouts"):
+        assert other.verdict[name] == "not applicable"
+    assert other.reason["accuracy of sft"] == "this run has data/pocket-base on madrylab/gsm8k-platinum"
+    assert other.expected["accuracy of sft"] == "82 to 85 %, GAIR/Abel-7B-002 on GSM8K or Platinum"
+
+
+def test_the_losses_of_the_deployment_guide_hold_for_its_loss_only(tmp_path):
+    names = [f"loss of epoch {k}" for k in (1, 2, 3)]
+    assert finished(tmp_path / "a", "platinum-11").verdict[names].tolist() == ["pass"] * 3
+    high = finished(tmp_path / "b", "platinum-11", losses=(.69, .69, .69)).loc[names[2]]
+    assert (high.verdict, high.reason) == ("fail", "above it, with learning_rate=5e-05 and beta=0.1")
+    mixed = finished(tmp_path / "c", "platinum-11", {"04_dpo": {"nll_weight": 1.}})
+    assert set(mixed.verdict[names]) == {"not applicable"} and "nll_weight=1" in mixed.reason[names[0]]
+    assert not any("loss of" in name for name in finished(tmp_path / "d", "guide-8").index)   # its guide states none
+
+
+def test_rollouts_that_changed_after_their_manifest_are_named(tmp_path):
+    finished(tmp_path / "run", "guide-8")
+    path = tmp_path / "run/02_rollouts/rollouts.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:10]))
+    row = criteria.criteria(tmp_path / "run").set_index("criterion").loc["questions and trajectories"]
+    assert (row.verdict, row.reason) == ("fail", "the manifest counted 20 questions: rollouts.jsonl has changed since")
+
+
+def test_answers_behind_other_markers_are_counted_apart(tmp_path):
+    judged = finished(tmp_path / "run", "guide-8")
+    path = tmp_path / "run/02_rollouts/rollouts.jsonl"
+    path.write_text(path.read_text().replace("\\nAnswer: 7", "\\n#### 7", 3))
+    row = criteria.criteria(tmp_path / "run").set_index("criterion").loc["answers in the form 'Answer: <number>'"]
+    assert judged.verdict["answers in the form 'Answer: <number>'"] == "pass"
+    assert (row.verdict, row.found, row.reason) == ("fail", "157 of 160", "3 announced by #### or a box")
+
+
+def test_pairs_under_another_preset_than_the_rollouts_follow_the_document_of_each(tmp_path):
+    judged = finished(tmp_path / "run", "platinum-11", {"03_preferences": {"preset": "core-variants"}})
+    assert judged.source["questions and trajectories"] == "deployment guide"
+    assert judged.source["coherence pairs"] == "core guide"
+    assert "gets 1" not in judged.reason["reward from 0.5 to 1.2"]   # the weights are those of the other rewards
