@@ -644,7 +644,7 @@ def _run_command(args, root: Path):
 
 def _done(name: str, root: Path) -> Path:
     "Folder of a run whose evaluation is done, else `Refused`."
-    folder = root/"outputs"/run_folder(name).name
+    folder = root/"outputs"/check_run(name).name
     runs = sorted(p.parents[1].name for p in (root/"outputs").glob("*/05_eval/manifest.json"))
     if name not in runs: raise Refused(f"the run {name!r} is not there, or its evaluation is not done{nearest(name, runs)}")
     return folder

@@ -93,7 +93,7 @@ def with_last(**row):
 
 DAMAGE = {
     "a line lost": (lambda rows: rows[:-1], "gsm8k_train.jsonl: 3 questions, expected 4"),
-    "a line too many": (lambda rows: rows + [json.dumps({"question": "New?", "answer": "1"})], "5 questions, expected 4"),
+    "one too many": (lambda rows: rows + [json.dumps({"question": "New?", "answer": "1"})], "5 questions, expected 4"),
     "no number": (with_last(question="New?", answer="none"), "line 4: field 'answer' has no gold"),
     "a question twice": (lambda rows: rows[:-1] + rows[:1], "line 4: the same question as in"),
     "cut off": (lambda rows: rows[:-1] + [rows[-1][:-9]], "line 4: not JSON"),
@@ -131,7 +131,7 @@ def test_hub_names_are_read_from_the_files(hub, tmp_path, monkeypatch):
         load_questions("openai/gsm8k:train[:2]")
 
 
-@pytest.mark.skipif(not all((SHARED / file).exists() for file in data.FETCHED), reason="GSM8K is not beside the project")
+@pytest.mark.skipif(not (SHARED / "gsm8k_train.jsonl").exists(), reason="GSM8K does not lie beside the project")
 def test_the_real_files(monkeypatch):
     no_hub(monkeypatch, AssertionError("asked the hub"))
     assert {path.name: how for path, how in data.fetch(SHARED).items()} == dict.fromkeys(data.FETCHED, "there")

@@ -57,7 +57,10 @@ def test_imports_run_one_way(module):
     assert not wrong, f"{module} imports {wrong}, which stand beside or above it"
 
 
-@pytest.mark.parametrize("module", [m for m in ("answers", "ledger", "prompts", "ranges", "regime_w", "runs") if m in MODULES])
+LIGHT = ("answers", "ledger", "prompts", "ranges", "regime_w", "runs")
+
+
+@pytest.mark.parametrize("module", [m for m in LIGHT if m in MODULES])
 def test_light_modules_need_no_torch(module):
     code = f"import sys, looper_math.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
