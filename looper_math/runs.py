@@ -20,10 +20,9 @@ import yaml
 from fastcore.imports import IN_NOTEBOOK
 
 # %% ../nbs/lib/runs.ipynb #05033096
-from . import records
 from .ranges import check_home, check_run, looks_local, named_files
 from .records import (ROOT, RecordError, RunConflict, SettingsError, nearest, read_json, require, resolve,
-                                 settings, sha256, write_json)
+                                 settings, sha256, verify_outputs, write_json)
 
 # %% ../nbs/lib/runs.ipynb #9b58a467
 def assert_world(n: int): # processes that should work together
@@ -166,6 +165,7 @@ class _Loader(yaml.SafeLoader):
     "A reader of YAML that refuses its traps; dates stay text, as papermill reads them."
 
 def _trap(node: yaml.Node, message: str):
+    "Raise `_Trap` at the place of a node."
     raise _Trap(problem=message, problem_mark=node.start_mark)
 
 def _number(loader: _Loader, node: yaml.ScalarNode) -> int | float:
@@ -262,7 +262,7 @@ class Override(NamedTuple):
 
 def _recipe_files(folder: Path, root: Path) -> dict[str, Path]: # `common` or a phase → its file
     "The files of a recipe; raises `Refused` on one that looks like it and would be passed over."
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.glob("[!.]*")):
         if path.suffix != ".yaml" and path.suffix.lower() in (".yml", ".yaml"):
             raise Refused(f"{path.relative_to(root)}: a recipe's files end in .yaml; rename it to {path.stem}.yaml")
     return {p.stem: p for p in folder.glob("[!.]*.yaml") if p.stem != "phases"}
@@ -481,6 +481,7 @@ def check_settings(run: str, todo: list[str], # the phases that are to run
     "Build the settings of phases, without a model's weights; raises `Refused` with the first that are out of range."
     job = {phase: values[phase] | {"run": run} for phase in todo}
     if not job: return {}
+    print(f"checking the parameters of {', '.join(job)}", flush=True) # which takes some seconds
     call = [sys.executable, "-c", "from looper_math.runs import _build_all; _build_all()"]
     # Its own session: Ctrl-C is for the runner, which then ends it without a traceback.
     done = subprocess.run(call, input=json.dumps(job), stdout=subprocess.PIPE, text=True, cwd=ROOT,
@@ -566,14 +567,11 @@ def _alone(folder: Path) -> Iterator[None]:
     finally: os.close(handle)
 
 # %% ../nbs/lib/runs.ipynb #62c152a7
-# Files of a finished phase against its manifest; raises `RunConflict`.
-_verify = getattr(records, "verify_outputs", lambda folder: None)
-
 def _find_done(root: Path, folder: Path, phase: str, state: dict, label: str):
     "Report a phase that is done; raises `RunConflict` when its inputs or outputs are no longer what they were."
     from looper_math.report import clock
     check_inputs(root, folder, phase)
-    _verify(folder/phase)
+    verify_outputs(folder/phase)
     print(f"{label}  done before, in {clock(state['seconds'][phase])}", flush=True)
 
 def _run_phase(root: Path, folder: Path, phase: str, changed: dict, state: dict, label: str):
@@ -615,7 +613,7 @@ def run_recipe(recipe: str, # a folder of `nbs/recipes`
     for note in _checked(root, folder, recipe, chosen, values): print(note)
     with _alone(folder):
         state = _state(folder) | {"recipe": recipe, "parameters": values}
-        for phase in list(phases)[:list(phases).index(chosen[0])]: _verify(folder/phase)
+        for phase in list(phases)[:list(phases).index(chosen[0])]: verify_outputs(folder/phase)
         for k, phase in enumerate(phases, 1):
             if phase not in chosen: continue
             asked = values[phase] | {"run": folder.name}
@@ -668,12 +666,14 @@ def _card_command(args, root: Path):
 def _ask_command(args, root: Path):
     "`looper ask`."
     from looper_math import ask
+    check_home("MODEL", args.model)
     print(ask.ask(args.model, args.question, args.gold, args.arm_set, args.preset, args.template, args.max_new_tokens,
                   args.plain, root=root))
 
 def _data_command(args, root: Path):
     "`looper data`."
     from looper_math import data
+    check_home("DIR", args.folder)
     try: made = data.fetch(root/Path(args.folder).expanduser())
     except data.DataError as e: raise Refused(str(e)) from None
     for path, how in made.items():
@@ -683,6 +683,7 @@ def _merge_command(args, root: Path):
     "`looper merge`."
     from looper_math import ask, models
     base, adapter = args.model, args.adapter
+    for name in ("model", "adapter", "out"): check_home(name.upper(), getattr(args, name) or "")
     if adapter is None:
         model = ask.find_model(args.model, root)
         base, adapter = model.base, model.adapter

@@ -159,6 +159,9 @@ REFUSED = {
     "a recipe that is a path": (["run", "../x"], "there is no recipe '../x'"),
     "a name that is too long": (["run", "tiny", "--run", "r" * 256], "run must be a name of at most 255 bytes"),
     "a longer one in bytes": (["run", "tiny", "--run", "é" * 128], "run must be a name of at most 255 bytes, got 256"),
+    "the home of nobody, for data": (["data", "~nobody-here/x"], "DIR: '~nobody-here/x' begins with ~nobody-here"),
+    "the home of nobody, to merge into": (["merge", "a", "b", "~nobody-here/x"], "OUT: '~nobody-here/x' begins with"),
+    "the home of nobody, to ask": (["ask", "~nobody-here/x", "How many?"], "MODEL: '~nobody-here/x' begins with"),
     "half a surrogate pair as a name": (["run", "tiny", "--run", "\ud800"], "run must be a name of letters"),
     "octal": (["run", "tiny", "-p", "count=010"], "-p count=010: 010 is octal in YAML, 8; write the number without 0"),
     "sexagesimal": (["run", "tiny", "-p", "count=1:30"], "-p count=1:30: 1:30 is to base 60 in YAML, 90"),
@@ -529,10 +532,23 @@ def test_an_evaluation_is_done_when_it_covers_the_models(tmp_path):
         runs.check_folder(tmp_path, "x", {"05_eval": more | {"seed": 1}})
 
 
+def test_a_changed_output_of_a_finished_phase(done, tmp_path, capsys):
+    root = tmp_path.resolve() / "copy"
+    shutil.copytree(done, root)
+    pairs = root / "outputs/tiny/03_preferences/pairs.jsonl"
+    pairs.write_text(pairs.read_text()[:20])
+    before = files(root)
+    for flags in ([], ["--from", "05"]):
+        with pytest.raises(SystemExit) as stop:
+            looper(["run", "tiny", *flags], root)
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and "03_preferences/pairs.jsonl has changed" in err and files(root) == before
+
+
 def test_outputs_of_a_finished_phase_are_verified(done, monkeypatch, capsys):
     "Those of the phases of this call, and those of the earlier ones that they read."
     looked_at = []
-    monkeypatch.setattr(runs, "_verify", lambda folder: looked_at.append(folder.name))
+    monkeypatch.setattr(runs, "verify_outputs", lambda folder: looked_at.append(folder.name))
     run_recipe("tiny", root=done)
     assert looked_at == list(PHASES)
     looked_at.clear()
@@ -543,7 +559,7 @@ def test_outputs_of_a_finished_phase_are_verified(done, monkeypatch, capsys):
         if folder.name == "03_preferences":
             raise RunConflict("outputs/tiny/03_preferences/pairs.jsonl has changed since it was made")
 
-    monkeypatch.setattr(runs, "_verify", changed)
+    monkeypatch.setattr(runs, "verify_outputs", changed)
     for flags in ([], ["--from", "05"]):
         before = files(done)
         with pytest.raises(SystemExit) as stop:
@@ -557,11 +573,12 @@ def test_changed_input_of_a_finished_phase(done, tmp_path):
     shutil.copytree(done, root)
     path = root / "outputs/tiny/03_preferences/manifest.json"
     manifest = json.loads(path.read_text())
-    path.write_text(json.dumps(manifest | {"input_paths": {"numbers": "outputs/tiny/01_numbers/numbers.json"}}))
+    shutil.copy(root / "outputs/tiny/01_numbers/numbers.json", root / "own.json")
+    path.write_text(json.dumps(manifest | {"input_paths": {"numbers": "own.json"}}))
     run_recipe("tiny", last="03", root=root)
-    (root / "outputs/tiny/01_numbers/numbers.json").write_text("[]")
+    (root / "own.json").write_text("[]")
     before = files(root)
-    with pytest.raises(RunConflict, match="numbers.json has changed .* lists it as made by 01_numbers"):
+    with pytest.raises(RunConflict, match="was made from another numbers than own.json is now"):
         run_recipe("tiny", root=root)
     assert files(root) == before
 
