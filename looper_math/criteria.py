@@ -232,8 +232,10 @@ def _share_criterion(r: _Pairs, doc: Document) -> Criterion:
     share = 100*n/r.taken["all"]
     why = [f"{r.taken['coherence']/r.counts['questions']:.1f} coherence pairs a question"]
     if r.possible["all"] > r.taken["all"]:
-        why.append(f"policy={r.p['policy']} took {n:,} of {r.possible['correctness']:,} correctness pairs")
-    if contradiction := _contradiction(r, doc): why.append(contradiction)
+        whole = 100*r.possible["correctness"]/r.possible["all"]
+        why.append(f"policy={r.p['policy']} took {n:,} of {r.possible['correctness']:,} correctness pairs, and "
+                   f"policy=all would have {whole:.0f} %")
+    if share > high and (contradiction := _contradiction(r, doc)): why.append(contradiction)
     number, expected = f"{share:.0f} %", f"{low} to {high} %"
     return _judged("share of correctness pairs", low <= share <= high, number, expected, doc.source, "; ".join(why))
 
