@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from transformers import AutoConfig
 
 from . import engines, models, prompts, show
 from .answers import same_answer
@@ -138,7 +137,7 @@ def _loading(name) -> Iterator[None]:
 def _check_length(requests: list[engines.Request], base: str):
     "Raise `SettingsError` for a prompt that the model has no room for, before its weights are loaded."
     with _loading(base):
-        room = AutoConfig.from_pretrained(models.source(base)).max_position_embeddings
+        room = models.load_config(base).max_position_embeddings
         tokenizer = models.load_tokenizer(base)
     try: engines.tokenize(requests, tokenizer, room)
     except ValueError as e: raise SettingsError(f"{base}: {e}") from None
