@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import RUN, WORKER, papermill, small
 from looper_math import dpo, engines, evaluation, models, preferences, rollouts, sft, training
@@ -74,6 +75,14 @@ def test_a_damaged_output_is_refused_by_name(copied, file, damage, phases):
     assert not (copied / "04_dpo").exists() and not (copied / "05_eval").exists()
     (copied / file).write_bytes(whole)
     for phase in ("01_sft", "02_rollouts", "03_preferences"): OPEN[phase](copied.name)
+
+
+def test_a_changed_bit_of_an_adapter_is_noticed_without_a_phase(copied):
+    "As in `looper ask`, or in a notebook: the manifest beside the adapter is enough."
+    base = models.load_base("data/pocket-base")
+    models.check_adapter(base, copied / "01_sft/adapter")
+    flip(copied / ADAPTER)
+    with pytest.raises(RunConflict, match="adapter has changed"): models.load_adapter(base, copied / "01_sft/adapter")
 
 
 def test_a_phase_says_so_on_its_page(copied):
@@ -173,8 +182,7 @@ def test_no_phase_takes_a_wrong_adapter_for_the_base(random_adapter, tmp_path, h
 
 def test_an_adapter_of_another_base_is_refused(random_adapter, tmp_path):
     "A base of another width and depth."
-    from transformers import AutoModelForCausalLM
-    config = models.load_config("data/pocket-base")
+    config = AutoConfig.from_pretrained(ROOT / "data/pocket-base")
     config.intermediate_size, config.num_hidden_layers = 256, 3
     base = AutoModelForCausalLM.from_config(config)
     with pytest.raises(ValueError, match="does not announce for this base: .*layers.3"):
