@@ -110,7 +110,7 @@ REFUSED = {
     "a misspelt slot": (["try/sft", QUESTION, "--template", "{question} {instructon}"], "did you mean {instruction}?"),
     "a preset for a plain call": (["try/sft", QUESTION, "--plain", "--preset", "guide-8"], "leave out arm set and"),
     "a name that no file can have": (["m" * 300, QUESTION], "MODEL has a part of 300 bytes"),
-    "a user who is not there": (["~nosuchuser/model", QUESTION], "there is no user '~nosuchuser'"),
+    "a user who is not there": (["~nosuchuser/model", QUESTION], "this machine has no such user"),
 }
 
 

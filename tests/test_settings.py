@@ -293,12 +293,12 @@ def test_the_runner_has_the_settings_of_each_phase(notebook):
 
 @pytest.mark.parametrize("recipe", runs.recipes())
 def test_every_recipe_is_in_range(recipe):
-    "On a host with vLLM; where the base's chat template would have to be fetched, a layout stands in for it."
+    "On a host with vLLM and bitsandbytes; a layout stands in for a chat template that would have to be fetched."
     phases = runs.phases_of(ROOT, recipe)
     values = runs.assign(runs.read_recipe(ROOT, recipe, phases), phases)
-    here = {"engine": "auto", "template": "{question}"}
+    here = {"engine": "auto", "template": "{question}", "load_in_4bit": False}
     for phase in phases:
-        changed = {n: v for n, v in here.items() if n in values[phase] and values[phase][n] in ("vllm", "chat")}
+        changed = {n: v for n, v in here.items() if n in values[phase] and values[phase][n] in ("vllm", "chat", True)}
         runs.build_settings(phase, values[phase] | changed | {"run": "settings"})
     runs.check_across(list(phases), values)
 
