@@ -532,7 +532,7 @@ def execute(root: Path, folder: Path, phase: str, values: dict, label: str):
     made = folder/f"{phase}.ipynb"
     bar = {"desc": label, "leave": False} if sys.stderr.isatty() else False
     quiet = ["--IPKernelApp.log_level=CRITICAL"] # else each kernel writes here about its sockets; errors of cells are in the notebook
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL) # of a kernel that is stopped it prints a traceback for each task
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL) # else a traceback for each task of a kernel that is stopped
     stop = Config({"KernelManager": {"shutdown_wait_time": 3.}}) # half until SIGTERM, the other half until SIGKILL
     try:
         papermill.execute_notebook(_plain(root/"nbs"/f"{phase}.ipynb"), _plain(made), parameters=values,
