@@ -773,7 +773,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'looper_math.runs._covers': ('lib/runs.html#_covers', 'looper_math/runs.py'),
                                   'looper_math.runs._data_command': ('lib/runs.html#_data_command', 'looper_math/runs.py'),
                                   'looper_math.runs._done': ('lib/runs.html#_done', 'looper_math/runs.py'),
-                                  'looper_math.runs._find_done': ('lib/runs.html#_find_done', 'looper_math/runs.py'),
                                   'looper_math.runs._fits': ('lib/runs.html#_fits', 'looper_math/runs.py'),
                                   'looper_math.runs._hint': ('lib/runs.html#_hint', 'looper_math/runs.py'),
                                   'looper_math.runs._kind': ('lib/runs.html#_kind', 'looper_math/runs.py'),

@@ -461,10 +461,11 @@ SETTINGS = {"01_sft": ("sft", "SFTSettings"), "02_rollouts": ("rollouts", "Rollo
 
 def build_settings(phase: str, parameters: dict) -> dict: # the parameters as the settings leave them
     "Build a phase's settings as its notebook does; raises `Refused` with the phase, and what its settings raise."
-    module, name = SETTINGS[phase]
+    module, name = importlib.import_module(f"looper_math.{SETTINGS[phase][0]}"), SETTINGS[phase][1]
     try:
-        built = settings(getattr(importlib.import_module(f"looper_math.{module}"), name), parameters)
+        built = settings(getattr(module, name), parameters)
         check_processes(parameters.get("n_gpu", 0), parameters.get("accelerate_config", ""))
+        if phase in GROWING: module.joined(built) # refuses what does not go together with what is there
     except (ValueError, OSError) as e: raise Refused(f"{phase}: {' '.join(str(e).split())}") from None
     return dataclasses.asdict(built)
 
@@ -567,16 +568,15 @@ def _alone(folder: Path) -> Iterator[None]:
     finally: os.close(handle)
 
 # %% ../nbs/lib/runs.ipynb #62c152a7
-def _find_done(root: Path, folder: Path, phase: str, state: dict, label: str):
-    "Report a phase that is done; raises `RunConflict` when its inputs or outputs are no longer what they were."
-    from looper_math.report import clock
-    check_inputs(root, folder, phase)
-    verify_outputs(folder/phase)
-    print(f"{label}  done before, in {clock(state['seconds'][phase])}", flush=True)
-
 def _run_phase(root: Path, folder: Path, phase: str, changed: dict, state: dict, label: str):
-    "Run a phase, and note in `state` and `run.json` the time it took."
+    "Run a phase unless it is done, and note in `state` and `run.json` the time it took."
     from looper_math.report import clock
+    if (folder/phase/"manifest.json").exists(): # before its notebook is executed into the place of the earlier one
+        check_inputs(root, folder, phase)
+        verify_outputs(folder/phase)
+    if is_done(folder, phase, state["parameters"][phase]):
+        print(f"{label}  done before, in {clock(state['seconds'][phase])}", flush=True)
+        return
     print(f"{label}  runs", flush=True)
     write_json(folder/"run.json", state)
     start = time.time()
@@ -619,8 +619,7 @@ def run_recipe(recipe: str, # a folder of `nbs/recipes`
             asked = values[phase] | {"run": folder.name}
             changed = {n: asked[n] for n, p in phases[phase].items() if asked[n] != p.default or n == "run"}
             label = f"[{k}/{len(phases)}] {phase:<{max(map(len, phases))}}"
-            if is_done(folder, phase, values[phase]): _find_done(root, folder, phase, state, label)
-            else: _run_phase(root, folder, phase, changed, state, label)
+            _run_phase(root, folder, phase, changed, state, label)
         return _close(folder, list(phases), time.time() - start)
 
 def _close(folder: Path, phases: list[str], seconds: float) -> dict | None:

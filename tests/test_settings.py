@@ -2,6 +2,7 @@
 import dataclasses
 import importlib
 import math
+import shutil
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from conftest import small
-from looper_math import runs
+from looper_math import records, runs
 from looper_math.records import ROOT, SettingsError, settings
 
 INF, NAN = math.inf, math.nan
@@ -293,12 +294,12 @@ def test_the_runner_has_the_settings_of_each_phase(notebook):
 
 @pytest.mark.parametrize("recipe", runs.recipes())
 def test_every_recipe_is_in_range(recipe):
-    "On a host with vLLM and bitsandbytes; a layout stands in for a chat template that would have to be fetched."
+    "On a host with vLLM and bitsandbytes; where a base's chat template would have to be fetched, a layout stands in."
     phases = runs.phases_of(ROOT, recipe)
     values = runs.assign(runs.read_recipe(ROOT, recipe, phases), phases)
-    here = {"engine": "auto", "template": "{question}", "load_in_4bit": False}
+    here = {"engine": ("vllm", "auto"), "template": ("chat", "{question}"), "load_in_4bit": (True, False)}
     for phase in phases:
-        changed = {n: v for n, v in here.items() if n in values[phase] and values[phase][n] in ("vllm", "chat", True)}
+        changed = {name: mine for name, (theirs, mine) in here.items() if values[phase].get(name) == theirs}
         runs.build_settings(phase, values[phase] | changed | {"run": "settings"})
     runs.check_across(list(phases), values)
 
@@ -370,6 +371,19 @@ def test_a_finished_run_does_not_pay_for_it(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(runs.subprocess, "run", None)
     assert runs.check_settings(RUN, [], values) == {}
+
+
+def test_what_does_not_go_together_with_an_earlier_evaluation():
+    "Before the notebook of that evaluation is overwritten by one that is refused."
+    folder = ROOT / "outputs" / RUN / "05_eval"
+    noted = small("05_eval") | {"comparisons": []}
+    records.write_json(folder / "started.json", {"parameters": noted, "inputs": {}})
+    try:
+        with pytest.raises(runs.Refused, match="05_eval: .*comparisons are .. there and"):
+            runs.build_settings("05_eval", noted | {"run": RUN, "comparisons": [["dpo", "base"]]})
+        assert runs.build_settings("05_eval", noted | {"run": RUN, "models": {"base": "", "mine": "data/pocket-base"}})
+    finally:
+        shutil.rmtree(folder.parent)
 
 
 def test_presets_that_differ_are_announced():
