@@ -279,6 +279,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                         'looper_math.evaluation.Job': ('eval.html#job', 'looper_math/evaluation.py'),
                                         'looper_math.evaluation._comparisons': ('eval.html#_comparisons', 'looper_math/evaluation.py'),
                                         'looper_math.evaluation._covers': ('eval.html#_covers', 'looper_math/evaluation.py'),
+                                        'looper_math.evaluation._is_final': ('eval.html#_is_final', 'looper_math/evaluation.py'),
                                         'looper_math.evaluation._question_sets': ('eval.html#_question_sets', 'looper_math/evaluation.py'),
                                         'looper_math.evaluation._refuse_changed_models': ( 'eval.html#_refuse_changed_models',
                                                                                            'looper_math/evaluation.py'),

@@ -206,10 +206,15 @@ def answer(s: EvalSettings, job: Job, generate, chunks: list[list[dict]], shots:
             generate([r for _, _, r in asked.values()], on_done=on_done)
 
 # %% ../nbs/05_eval.ipynb #cafec581
+def _is_final(path: Path) -> bool:
+    "Whether the phase's manifest lists a file of answers, which was then verified when the phase was opened."
+    manifest = path.parent/"manifest.json"
+    return manifest.exists() and path.name in read_json(manifest, {"outputs": dict})["outputs"]
+
 def gather(path: Path) -> dict[tuple[str, str], dict]: # (question id, sample) → row
     "Move the rows of a job's shards into one partial file, and return every row so far."
     part, shards = path.with_suffix(".part"), sorted(path.parent.glob(f"{path.stem}.shard-*"))
-    files = [p for p in (path, part, *shards) if p.exists()]
+    files = [p for p in (*[path]*_is_final(path), part, *shards) if p.exists()]
     for file in files:
         with RecordWriter(file): pass                                # cuts off a torn last line
     read = lambda file: (read_records if file == path else read_sealed)(file, _FIELDS)
@@ -252,7 +257,7 @@ def _comparisons(s: EvalSettings, earlier: list) -> list:
 def joined(s: EvalSettings) -> EvalSettings:
     "The settings with the models that are in the run's folder already; raises as `with_earlier` does."
     noted = s.folder/"started.json"
-    return with_earlier(s, read_json(noted)["parameters"]) if noted.exists() else s
+    return with_earlier(s, read_json(noted, {"parameters": dict, "inputs": dict})["parameters"]) if noted.exists() else s
 
 # %% ../nbs/05_eval.ipynb #a45e74d7
 def open_phase(s: EvalSettings) -> Phase:
@@ -269,7 +274,7 @@ def _refuse_changed_models(s: EvalSettings, inputs: dict[str, str]): # name → 
     "Raise `RunConflict` when a model that has answers in the folder is no longer the one that gave them."
     noted = s.folder/"started.json"
     if not noted.exists(): return
-    old = read_json(noted)
+    old = read_json(noted, {"parameters": dict, "inputs": dict})
     for name in old["parameters"]["models"]:
         if old["inputs"].get(f"model_{name}") != inputs.get(f"model_{name}"):
             raise RunConflict(f"{s.folder}: {location(s, name)} has changed since it was evaluated there as {name!r}; "
@@ -289,7 +294,8 @@ def main(s: EvalSettings):
         todo = []
         for job in [j for j in plan(s) if j.model == model]:
             path = path_of(s, *job)
-            done = {(r["question_id"], r["sample"]) for p in (path, path.with_suffix(".part")) if p.exists() for r in read_records(p, _FIELDS)}
+            files = [p for p in (*[path]*_is_final(path), path.with_suffix(".part")) if p.exists()]
+            done = {(r["question_id"], r["sample"]) for p in files for r in read_records(p, _FIELDS)}
             missing = [c for c in chunks_of(s, job, sets[job.set]) if any((q["question_id"], name) not in done for q in c for name, _ in requests_for(s, job.style, q, shots))]
             if missing[rank::world]: todo.append((job, missing[rank::world], done, path.with_suffix(f".shard-{rank}")))
         if not todo: continue
@@ -303,7 +309,6 @@ def finish(s: EvalSettings, job: Job, questions: list[dict]) -> pd.DataFrame:
     keys = [(q["question_id"], name) for c in chunks_of(s, job, questions) for q in c for name, _ in requests_for(s, job.style, q, "{question}")]
     if missing := [k for k in keys if k not in rows]: raise RecordError(f"{path}: {len(missing)} of {len(keys)} rows are missing, {missing[0]} for one; run the phase again to make them")
     _write(path, [rows[k] for k in keys])
-    path.with_suffix(".part").unlink(missing_ok=True)
     return pd.DataFrame([rows[k] for k in keys])
 
 def run_phase(s: EvalSettings) -> dict: # the manifest
@@ -322,7 +327,9 @@ def run_phase(s: EvalSettings) -> dict: # the manifest
     runs.launch("looper_math.evaluation", s, n_gpu=s.n_gpu)
     rows = {job: finish(s, job, sets[job.set]) for job in plan(s)}
     counts = {name: len(q) for name, q in sets.items()} | {"completions": sum(map(len, rows.values())), "tokens": int(sum(r.num_tokens.sum() for r in rows.values()))}
-    return phase.finish([path_of(s, *job) for job in rows], counts=counts, metrics=metrics_of(s, rows))
+    manifest = phase.finish([path_of(s, *job) for job in rows], counts=counts, metrics=metrics_of(s, rows))
+    for job in rows: path_of(s, *job).with_suffix(".part").unlink(missing_ok=True)   # until then they carry checksums
+    return manifest
 
 # %% ../nbs/05_eval.ipynb #9e406e49
 def label(model: str, style: str) -> str: return model if style == "training" else f"{model}-{style}"

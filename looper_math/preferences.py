@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from tqdm.auto import tqdm
 
-from . import models, show
+from . import models, ranges, show
 from .prompts import CANONICAL, TEMPLATE, build_prompt
 from .records import (Phase, RecordError, RecordWriter, existing, nearest, read_records, require, resolve,
                                  run_folder, settings)
@@ -74,10 +74,13 @@ class PreferenceSettings(PairRules):
     rollouts: str
     preset: str
 
+    ALLOWED = {"base": ranges.BASE, "cap": ranges.SIZE, "threshold": ranges.Range(0, 1000), "seed": ranges.SEED}
+
     def __post_init__(self):
+        ranges.check_values(self, self.ALLOWED)
+        ranges.check_model("base", self.base)
         super().__post_init__()
         find_preset(self.preset)
-        run_folder(self.run)   # refuses a name that is no plain folder name
         self.rollouts = self.rollouts or f"outputs/{self.run}/02_rollouts/rollouts.jsonl"
 
     @property
