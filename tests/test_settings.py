@@ -112,7 +112,7 @@ BAD = [
     ("3", "prompt", "canonic", "prompt must be one of canonical, arm"),
     ("3", "pairing", "some", "pairing must be one of any, same-prompt"),
     ("3", "pair_types", "none", "pair_types must be one of both"),
-    ("3", "cap", 0, "cap must be a whole number, 1 or more"),
+    ("3", "cap", 0, "cap must be at least 1"),
     ("3", "threshold", -0.01, "threshold must be"),
     ("3", "preset", "platinum11", "unknown preset 'platinum11'"),
     # 04
