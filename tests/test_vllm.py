@@ -101,8 +101,15 @@ def test_bad_requests_are_refused_before_they_are_sent(plain):
     assert plain([]) == []
 
 
-def test_an_error_of_the_child_reaches_the_caller(tmp_path):
-    with pytest.raises(serving.ChildFailed, match="adapter_config.json"):
+def test_an_error_of_the_child_reaches_the_caller():
+    "vLLM refuses a context that is longer than the model's."
+    with pytest.raises(serving.ChildFailed, match="max_model_len"):
+        with serving.served(models.source(BASE), None, "float32", 10**6, [0]): pass
+
+
+def test_a_folder_without_adapter_is_refused_before_the_child_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr(serving, "Child", lambda *a: pytest.fail("vLLM was started"))
+    with pytest.raises(FileNotFoundError, match="no adapter_config.json there"):
         with engines.opened("vllm", BASE, str(tmp_path)): pass
 
 
