@@ -30,7 +30,7 @@ help: ## show this list
 run: $(READY) ## run a recipe: make run RECIPE=pocket RUN=name
 	@$(BIN)/looper run $(RECIPE) --run $(RUN)
 
-test: ## all tests: notebooks and modules agree, cells, smoke run, pytest
+test: ## all tests: lint, notebooks and modules agree, cells, smoke run, pytest
 	@$(MAKE) $(READY)
 	@$(MAKE) test-agree
 	@$(MAKE) test-notebooks
@@ -58,6 +58,7 @@ lab: $(READY) ## open the notebooks in JupyterLab
 export: $(READY) ## write the modules from the notebooks, and clean the notebooks
 	@$(BIN)/nbdev_export
 	@$(BIN)/nbdev_clean
+	@$(BIN)/python .ci/notebooks.py
 
 clean: ## delete build products; runs under outputs/ and .venv stay
 	@rm -rf build dist .pytest_cache .hypothesis
@@ -73,7 +74,7 @@ test-agree: $(READY)
 	@cp -R nbs looper_math settings.ini setup.py README.md $(AGREE)/is
 	@find $(AGREE)/is \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 	@cp -R $(AGREE)/is $(AGREE)/made
-	@cd $(AGREE)/made && $(BIN)/nbdev_export && $(BIN)/nbdev_clean
+	@cd $(AGREE)/made && $(BIN)/nbdev_export && $(BIN)/nbdev_clean && $(BIN)/python $(CURDIR)/.ci/notebooks.py
 	@find $(AGREE)/made -name __pycache__ -prune -exec rm -rf {} +
 	@cd $(AGREE) && diff -rq is made || { echo "These files differ from what their notebooks make: run 'make export', look at the changes, and keep them." >&2; exit 1; }
 	@rm -rf $(AGREE)

@@ -140,6 +140,7 @@ def raw_vllm(folder, adapter, dtype, jobs, length, ends, results):
     "vLLM's own call on all jobs at once, in a process of its own."
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
+
     from looper_math.serving import served_rank
     options = {"enable_lora": True, "max_lora_rank": served_rank(adapter)} if adapter else {}
     if not torch.cuda.is_available(): options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, length)}

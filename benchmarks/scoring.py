@@ -18,8 +18,8 @@ for threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[threads] = "1"  # one core; read when numpy is imported
 
 from looper_math.answers import parse_answer
-from looper_math.records import iter_records
 from looper_math.prompts import arms
+from looper_math.records import iter_records
 from looper_math.regime_w import find_preset, score_records
 
 SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]

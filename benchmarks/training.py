@@ -10,7 +10,14 @@ The other way is what earlier scripts did: the policy and a second full copy of 
 Each way runs in a process of its own, so that its peak memory is its own. The share of peak arithmetic (MFU) counts 6 FLOP a weight and
 trained token for a full training, and 4 for an adapter: forward 2, gradients of activations 2, none for the frozen weights.
 """
-import argparse, json, resource, subprocess, sys, tempfile, time, warnings
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
 
 SHAPES = {"tiny": (64, 2, 4, 128, 512), "110m": (768, 12, 12, 2048, 4096), "1b": (2048, 22, 32, 5632, 32000), "3b": (3072, 28, 24, 8192, 32000), "7b": (4096, 32, 32, 14336, 32000)}  # width, layers, heads, feed-forward, vocabulary
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOP/s of the data sheets
@@ -52,6 +59,7 @@ def measure(way: str, a) -> dict:
     import torch
     from peft import get_peft_model
     from trl import DPOConfig, DPOTrainer
+
     from looper_math import models, training
     warnings.simplefilter("ignore")
     gpu, kind = torch.cuda.is_available(), training.precision()

@@ -23,8 +23,7 @@ from .audit import Comparison, compare, rescore
 from .data import check_disjoint, load_questions
 from .grading import VERDICTS, count, grade, sampled
 from .prompts import build_prompt
-from .records import (Phase, RecordError, RecordWriter, RunConflict, existing, read_json, read_records,
-                                 read_sealed, require, resolve, run_folder, seal, settings)
+from .records import Phase, RecordError, RecordWriter, RunConflict, existing, read_json, read_records, read_sealed, require, resolve, run_folder, seal, settings
 from .report import located
 from .stats import holm, p_text, wilson
 

@@ -7,11 +7,13 @@ __all__ = ['MONITORS', 'WATCHED', 'OnlineSettings', 'sampling', 'readings', 'Sam
            'ordered', 'make_trainer', 'open_phase', 'main', 'thirds', 'hacking']
 
 # %% ../nbs/06_online_rl.ipynb #5f1c4f01
-import copy, dataclasses, os, random
+import copy
+import dataclasses
+import os
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import pandas as pd

@@ -9,7 +9,11 @@ __all__ = ['CHOICES', 'CAPPED', 'NEEDED', 'SET_TERMS', 'NOTHING', 'RECORD', 'TRA
            'pair_table']
 
 # %% ../nbs/03_preferences.ipynb #0b25a5db
-import dataclasses, difflib, hashlib, math, numbers
+import dataclasses
+import difflib
+import hashlib
+import math
+import numbers
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +24,7 @@ from tqdm.auto import tqdm
 
 from . import models, ranges, show
 from .prompts import CANONICAL, TEMPLATE, build_prompt
-from .records import (Phase, RecordError, RecordWriter, existing, nearest, read_records, require, resolve,
-                                 run_folder, settings)
+from .records import Phase, RecordError, RecordWriter, existing, nearest, read_records, require, resolve, run_folder, settings
 from .regime_w import REWARD_TERMS, find_preset, reward, score_records, word_overlap
 
 # %% ../nbs/03_preferences.ipynb #1f1bdf7b

@@ -7,7 +7,8 @@ __all__ = ['REWARD_TERMS', 'SHOWN', 'PRESETS', 'word_overlap', 'Weights', 'rewar
            'score_rollout', 'score_records', 'score_unlabelled']
 
 # %% ../nbs/00_regime_w.ipynb #49a329ee
-import itertools, math
+import itertools
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace

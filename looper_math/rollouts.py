@@ -8,7 +8,8 @@ __all__ = ['FOREIGN', 'METRICS', 'LACKING', 'RolloutSettings', 'collect', 'open_
            'lacking_table', 'compare', 'Imported', 'import_rollouts', 'run_phase', 'table', 'by_arm']
 
 # %% ../nbs/02_rollouts.ipynb #adb6620a
-import os, time
+import os
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +23,14 @@ from .answers import parse_answer, with_thought
 from .audit import REASONS, cut_off, end_reason
 from .data import gold_answer, load_questions, question_id
 from .prompts import build_prompt
-from .records import (Phase, RecordError, RecordWriter, existing, iter_records, read_sealed, require,
-                                 resolve, run_folder, seal, settings)
+from .records import Phase, RecordError, RecordWriter, existing, iter_records, read_sealed, require, resolve, run_folder, seal, settings
 from .stats import wilson
 from .trajectories import record, requests_for, trajectory
 
 # %% ../nbs/02_rollouts.ipynb #18591ed0
 from . import ranges
 from .data import check_source
+
 
 @dataclass
 class RolloutSettings:

@@ -25,6 +25,7 @@ from .training import RowSettings
 from . import ranges
 from .data import check_source
 
+
 @dataclass
 class SFTSettings(RowSettings):
     "Parameters of phase 1; raises `SettingsError` on a value out of range."

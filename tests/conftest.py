@@ -1,5 +1,11 @@
 "A small but real run that several tests share: a short SFT, a few rollouts, their pairs."
-import json, os, shutil, signal, subprocess, sys, time
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -74,6 +80,7 @@ def random_adapter(tmp_path_factory):
     "Folder of a rank-4 adapter of the pocket base with random weights, strong enough to change what the model says."
     import torch
     from peft import get_peft_model
+
     from looper_math import models
     torch.manual_seed(0)
     model = get_peft_model(models.load_base("data/pocket-base"), models.lora_config(rank=4, alpha=8))

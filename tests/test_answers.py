@@ -3,11 +3,9 @@ import json
 from fractions import Fraction
 
 import pytest
-from hypothesis import assume, example, given
-from hypothesis import strategies as st
+from hypothesis import assume, example, given, strategies as st
 
-from looper_math.answers import (MODES, extract_answer, find_answer, find_numbers, format_answer, parse_answer,
-                                 same_answer, split_reasoning)
+from looper_math.answers import MODES, extract_answer, find_answer, find_numbers, format_answer, parse_answer, same_answer, split_reasoning
 from looper_math.data import DataError, gold_answer, load_questions, sft_target
 
 fractions = st.fractions()

@@ -235,7 +235,7 @@ def test_a_field_that_is_no_text(sound, write, field, value):
 
 def test_numbers_are_golds_and_completions(sound, write):
     "The completion 0 is an answer, and no empty text."
-    rows = [{"question": "None left?", "gold": 0, "completion": 0}, 
+    rows = [{"question": "None left?", "gold": 0, "completion": 0},
             {"question": "Half?", "gold": .5, "completion": "1/2"}, {"question": "?", "gold": "", "completion": ""}]
     for log in (evaluation.rescore(write(rows)), evaluation.rescore(pd.DataFrame(rows, dtype=object))):
         assert list(log.table.answer.dropna()) == ["0", "1/2"] and list(log.table.correct) == [True, True, False]

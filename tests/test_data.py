@@ -7,9 +7,8 @@ from hypothesis import given, strategies as st
 
 from looper_math import data
 from looper_math.answers import extract_answer, parse_answer
+from looper_math.data import DataError, check_disjoint, load_questions, question_id, sft_target, split_questions, training_rows
 from looper_math.prompts import build_prompt
-from looper_math.data import (DataError, check_disjoint, load_questions, question_id, sft_target,
-                              split_questions, training_rows)
 
 GOOD = {"question": "How many?", "answer": "1+2=<<1+2=3>>3\n#### 3"}
 

@@ -10,14 +10,13 @@ import time
 import huggingface_hub.constants
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file
 
 from looper_math import engines, models
 from looper_math.data import load_questions
-from looper_math.records import ROOT, write_json
 from looper_math.prompts import arms, build_prompt, sample_seed
+from looper_math.records import ROOT, write_json
 
 BASE = "data/pocket-base"
 
@@ -60,7 +59,7 @@ def test_an_engine_does_not_outlive_a_killed_parent():
     while time.time() < deadline:
         try: os.kill(child, 0)
         except ProcessLookupError: break
-        if f") Z " in open(f"/proc/{child}/stat").read(): break    # ended, and not yet fetched by init
+        if ") Z " in open(f"/proc/{child}/stat").read(): break    # ended, and not yet fetched by init
         time.sleep(.05)
     else: pytest.fail("the engine is still running")
     process.stdout.close()

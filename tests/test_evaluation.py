@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import pandas as pd
 import pytest
+from conftest import papermill
 from safetensors.torch import load_file, save_file
 
-from conftest import papermill
 from looper_math import cards, criteria, evaluation, report, runs
 from looper_math.grading import VERDICTS
 from looper_math.records import ROOT, RunConflict, SettingsError, read_json, read_records, run_folder, write_json

@@ -8,9 +8,9 @@ pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed here; 
 
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
+from conftest import RUN, SMALL, small
 from peft import get_peft_model
 
-from conftest import RUN, SMALL, small
 from looper_math import dpo, models, sft, training
 from looper_math.records import read_json, run_folder
 

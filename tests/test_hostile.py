@@ -6,8 +6,7 @@ import timeit
 
 import pandas as pd
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from looper_math import answers, audit, grading, ledger, regime_w, show
 

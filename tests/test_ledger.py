@@ -2,8 +2,7 @@
 from fractions import Fraction
 
 import pytest
-from hypothesis import example, given
-from hypothesis import strategies as st
+from hypothesis import example, given, strategies as st
 
 from looper_math import regime_w
 from looper_math.ledger import equations, ledger

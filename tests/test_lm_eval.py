@@ -1,5 +1,7 @@
 "The same questions through lm-evaluation-harness and through our evaluation: the same texts, the same counts. Run by `make test-lm-eval`, in an environment of its own."
-import json, subprocess, sys
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest

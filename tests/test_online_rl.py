@@ -2,9 +2,9 @@
 import shutil
 
 import pytest
+from conftest import RUN, kill_when, small, start
 from safetensors.torch import load_file
 
-from conftest import RUN, kill_when, small, start
 from looper_math import online_rl, training
 from looper_math.records import read_json, run_folder
 from looper_math.runs import launch

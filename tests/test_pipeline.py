@@ -1,12 +1,13 @@
 "The phases as a user runs them: alone, after a kill, with bad input."
-import json, os, shutil, signal, subprocess, sys, time
+import json
+import shutil
 
 import pytest
+from conftest import RUN, SMALL, kill_when, papermill, small, start
 from safetensors.torch import load_file
 
-from conftest import RUN, SMALL, kill_when, papermill, small, start
-from looper_math.records import ROOT, read_json, read_records, run_folder
-from looper_math.runs import parameters_of
+from looper_math.records import read_json, read_records, run_folder
+
 
 def test_rollouts_resume_to_the_same_bytes(small_run):
     "kill -9 after the first shard lines, half a line added, then resume: the file of an unbroken run."

@@ -5,14 +5,12 @@ from dataclasses import make_dataclass, replace
 from fractions import Fraction
 
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from looper_math import regime_w
 from looper_math.prompts import ARM_SETS, Arm, arms, sample_seed
 from looper_math.records import SettingsError
-from looper_math.regime_w import (PRESETS, REWARD_TERMS, Preset, Weights, reward, score_question, score_records,
-                                  score_rollout)
+from looper_math.regime_w import PRESETS, REWARD_TERMS, Preset, Weights, reward, score_question, score_records, score_rollout
 
 NAMES = [a.name for a in arms()] + ["stranger"]
 answers = st.one_of(st.none(), st.sampled_from(["14", "14.0", "1,400", "-3", "1/2", "", "none"]), st.integers(-3, 3), st.fractions(max_denominator=3),

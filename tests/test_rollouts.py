@@ -9,11 +9,11 @@ import shutil
 import time
 
 import pytest
-
 from conftest import RUN
+
 from looper_math import preferences, rollouts
-from looper_math.records import ROOT, RecordError, RunConflict, read_json, read_records, run_folder, seal
 from looper_math.prompts import arms
+from looper_math.records import ROOT, RecordError, RunConflict, read_json, read_records, run_folder, seal
 from looper_math.runs import parameters_of
 
 DEFAULTS = {k: p.default for k, p in parameters_of(ROOT / "nbs/02_rollouts.ipynb").items()}

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 import torch
-
 from conftest import small
+
 from looper_math import records, runs
 from looper_math.records import ROOT, SettingsError, settings
 

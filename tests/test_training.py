@@ -2,9 +2,9 @@
 import shutil
 
 import pytest
+from conftest import RUN, SMALL, kill_when, papermill, small, start
 from safetensors.torch import load_file
 
-from conftest import RUN, SMALL, kill_when, papermill, small, start
 from looper_math import dpo, sft, training
 from looper_math.data import load_questions
 from looper_math.records import read_json, read_records, run_folder

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import RUN, WORKER, papermill, small
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from conftest import RUN, WORKER, papermill, small
 from looper_math import dpo, engines, evaluation, models, preferences, rollouts, sft, training
 from looper_math.records import ROOT, RecordError, RunConflict, read_json, read_records, run_folder, sha256, write_json
 
