@@ -35,7 +35,7 @@ from fastcore.imports import IN_NOTEBOOK
 
 # %% ../nbs/lib/30_runs.ipynb #05033096
 from .ranges import check_home, check_run, looks_local, named_files
-from .records import ROOT, RecordError, RunConflict, SettingsError, nearest, read_json, require, resolve, settings, sha256, verify_outputs, write_json
+from .records import ROOT, RecordError, RunConflict, SettingsError, located, nearest, read_json, require, resolve, settings, sha256, verify_outputs, write_json
 
 # %% ../nbs/lib/30_runs.ipynb #9b58a467
 def assert_world(n: int): # processes that should work together
@@ -442,7 +442,6 @@ def _missing(phase: str, path: Path, folder: Path, chosen: list[str], values: di
 
 def check_files(root: Path, folder: Path, chosen: list[str], values: dict[str, dict]):
     "Raise `Refused` when a chosen phase names a file that is neither there nor made by an earlier phase of this call."
-    from looper_math.report import located  # a slow import, and a misspelt parameter is refused without it
     for phase in chosen:
         for name, text in named_files(values[phase]):
             if text == "none" and (phase, name) == ("02_rollouts", "adapter"): continue # the base alone
