@@ -870,6 +870,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                    'looper_math.stats.Paired.p': ('lib/stats.html#paired.p', 'looper_math/stats.py'),
                                    'looper_math.stats.Paired.sentence': ('lib/stats.html#paired.sentence', 'looper_math/stats.py'),
                                    'looper_math.stats._auroc': ('lib/stats.html#_auroc', 'looper_math/stats.py'),
+                                   'looper_math.stats._bootstrap': ('lib/stats.html#_bootstrap', 'looper_math/stats.py'),
                                    'looper_math.stats._count': ('lib/stats.html#_count', 'looper_math/stats.py'),
                                    'looper_math.stats._score': ('lib/stats.html#_score', 'looper_math/stats.py'),
                                    'looper_math.stats._sentence': ('lib/stats.html#_sentence', 'looper_math/stats.py'),
