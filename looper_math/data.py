@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from .answers import THINK, THOUGHT, extract_answer, find_answer, format_answer, opens_thought, parse_answer, read_answer, split_reasoning, with_thought
+from .answers import THINK_END, THINK_START, extract_answer, find_answer, format_answer, opens_thought, parse_answer, read_answer, split_reasoning, with_thought
 from .prompts import CANONICAL, TEMPLATE, build_prompt
 from .records import resolve
 
@@ -167,7 +167,7 @@ def sft_target(answer: str, # a worked solution that announces its number, or a 
     reasoning = split_reasoning(answer) if extract_answer(answer, mode="strict") is not None else ""
     if marks == "strip": reasoning = _MARK.sub("", reasoning)
     lines = [line for line in reasoning.split("\n") if line.strip() and not _ANSWER_LINE.match(line)]
-    return "\n".join([*lines, *([f"{THOUGHT}\n"] if thinking else []), f"Answer: {gold}"])
+    return "\n".join([*lines, *([f"{THINK_END}\n"] if thinking else []), f"Answer: {gold}"])
 
 # %% ../nbs/lib/06_data.ipynb #9806a6b3
 def training_rows(questions: list[dict],
@@ -195,7 +195,7 @@ def own_solutions(records: list[dict], # rollout records
         rows += [{"prompt": build_prompt(r["question"], template=template), "completion": text} for text in drawn[:cap]]
     for row in rows:
         whole = with_thought(row["prompt"], row["completion"])
-        if whole.count(THINK) != whole.count(THOUGHT): raise DataError(f"a solution has {whole.count(THINK)} {THINK} and {whole.count(THOUGHT)} {THOUGHT}, the one that the template opens included: {row['completion'][:60]!r}. Make the rollouts under the template that is trained on")
+        if whole.count(THINK_START) != whole.count(THINK_END): raise DataError(f"a solution has {whole.count(THINK_START)} {THINK_START} and {whole.count(THINK_END)} {THINK_END}, the one that the template opens included: {row['completion'][:60]!r}. Make the rollouts under the template that is trained on")
     return rows
 
 # %% ../nbs/lib/06_data.ipynb #0f813658
