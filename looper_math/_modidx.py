@@ -177,7 +177,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                       'looper_math/criteria.py'),
                                       'looper_math.criteria.criteria': ('lib/criteria.html#criteria', 'looper_math/criteria.py')},
             'looper_math.data': { 'looper_math.data.DataError': ('lib/data.html#dataerror', 'looper_math/data.py'),
-                                  'looper_math.data.Fetched': ('lib/data.html#fetched', 'looper_math/data.py'),
+                                  'looper_math.data.HubFile': ('lib/data.html#hubfile', 'looper_math/data.py'),
                                   'looper_math.data._by_hand': ('lib/data.html#_by_hand', 'looper_math/data.py'),
                                   'looper_math.data._counted': ('lib/data.html#_counted', 'looper_math/data.py'),
                                   'looper_math.data._distinct': ('lib/data.html#_distinct', 'looper_math/data.py'),
