@@ -8,7 +8,6 @@ __all__ = ['NUMBER', 'THINK_START', 'THINK_END', 'MODES', 'normalise', 'find_num
            'parse_answer', 'same_answer']
 
 # %% ../nbs/lib/03_answers.ipynb #cc2ef641
-import difflib
 import math
 import numbers
 import re
@@ -28,7 +27,8 @@ NUMBER = re.compile(
 # %% ../nbs/lib/03_answers.ipynb #805ebbca
 _CHARACTERS = {ord(c): "-" for c in "\u2212\u2010\u2011\u2012\u2013\uff0d"} | {0xff10 + d: str(d) for d in range(10)}
 _CHARACTERS |= {ord(c): " " for c in "\u00a0\u2007\u2009\u202f"}
-_CHARACTERS |= {ord(c): f" {f}" for c, f in zip("½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞", "1/2 1/3 2/3 1/4 3/4 1/5 2/5 3/5 4/5 1/6 5/6 1/8 3/8 5/8 7/8".split())}
+_VULGAR = "1/2 1/3 2/3 1/4 3/4 1/5 2/5 3/5 4/5 1/6 5/6 1/8 3/8 5/8 7/8".split()
+_CHARACTERS |= {ord(c): f" {fraction}" for c, fraction in zip("½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞", _VULGAR)}
 _FRAC = re.compile(r"([0-9])?\\[dt]?frac(?:\{([-0-9.,]+)\}\{([0-9.,]+)\}|([0-9])([0-9]))")
 _LATEX_COMMA = re.compile(r"(?<=[0-9])(?:\{,\}|,?\\[,!])(?=[0-9]{3})")
 
@@ -44,7 +44,7 @@ _DIGITS = 10_000 # of the longest number that is read
 _TOO_LARGE = 10**_DIGITS
 
 def _value(m: re.Match) -> Fraction | None:
-    "Exact value of a match of `NUMBER`; None for a zero denominator and where more than `_DIGITS` digits are needed."
+    "Exact value of a match of `NUMBER`; None for a zero denominator or a value of more than `_DIGITS` digits."
     power = m["power"] or "0"
     if len(power.lstrip("+-")) > 4 or any(part and len(part) > _DIGITS for part in m.groups()): return None
     value = Fraction(Decimal(m["top"].replace(",", ""))) * Fraction(10) ** int(power)
@@ -58,7 +58,7 @@ def _value(m: re.Match) -> Fraction | None:
 
 # %% ../nbs/lib/03_answers.ipynb #e6e34fbe
 def _numbers(text: str, start: int = 0) -> Iterator[tuple[re.Match, Fraction]]:
-    "The numbers of a text in `normalise` spelling, from a position on, each worked out when it is asked for."
+    "The numbers of a normalised text from a position on, evaluated lazily."
     return ((m, value) for m in NUMBER.finditer(text, start) if (value := _value(m)) is not None)
 
 def find_numbers(
@@ -74,8 +74,8 @@ _CONTINUED = re.compile(r"\S*[0-9]|(?:\s?[^\w\s(])*+\s?[0-9]|"
 
 def read_answer(
     line: str, # one line of text, as it stands behind a marker
-    alone: bool = False, # nothing where more of a number follows, as in `3,50`
-) -> Fraction | None: # the number it states, None when it holds none
+    alone: bool = False, # whether to return None where the number goes on, as in `3,50`
+) -> Fraction | None: # the number that it states, None without one
     "The result of the first clause's equation, else the first number of the line."
     line = normalise(line)
     first = next(_numbers(line), None)
@@ -91,7 +91,7 @@ _ANSWER = re.compile(r"(?<![0-9A-Za-z])answer[ *_`]{0,8}[:：]", re.IGNORECASE)
 _CONTENT = re.compile(r"[0-9A-Za-z½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞０-９]")
 
 def _next_line(text, start):
-    "The rest of the line at `start` if it holds a letter or a digit, else the next line that does, else an empty text."
+    "The rest of the line at `start` if it contains a letter or a digit, else the next line that does, else ''."
     content = _CONTENT.search(text, start)
     if content is None: return ""
     return text[max(start, text.rfind("\n", start, content.start()) + 1):].partition("\n")[0]
@@ -106,7 +106,7 @@ def _last_answer(text):
 _LETTER = re.compile(r"[^\W\d_]")
 
 def _last_hashes(text):
-    "Last `####`: (start, the line behind it), the line empty where a word comes before the number."
+    "Last `####`: (start, the line behind it); the line is empty where a word comes before the number."
     start = text.rfind("####")
     if start < 0: return None
     line = normalise(_next_line(text, start + 4))
@@ -117,7 +117,7 @@ def _last_hashes(text):
 _BOXED = re.compile(r"\\f?boxed\s{0,3}\{")
 
 def _last_box(text):
-    "Last closed `\\boxed{…}`: (start, what it holds); an unclosed last box holds an empty text."
+    "Last `\\boxed{…}`: (start, its content); the content is empty when the box is not closed."
     box = None
     for box in _BOXED.finditer(text): pass
     if box is None: return None
@@ -128,61 +128,60 @@ def _last_box(text):
     return box.start(), ""
 
 # %% ../nbs/lib/03_answers.ipynb #51b3a517
-THINK_START, THINK_END = "<think>", "</think>" # how reasoning models such as DeepSeek-R1 and its distillations open and close their thoughts
+THINK_START, THINK_END = "<think>", "</think>" # the tags of reasoning models such as DeepSeek-R1 and its distillations
 
 def after_thinking(
     text: str, # a solution
 ) -> str: # the end of `text`: all of it where there are no tags
-    "What a solution says when the thinking is over: all after the last `</think>`, and nothing while a thought is open."
+    "The part of a solution after the last `</think>`; empty while the thinking is not closed."
     rest = text.rpartition(THINK_END)[2]
     return "" if THINK_START in rest else rest
 
 # %% ../nbs/lib/03_answers.ipynb #673f798a
 def opens_thought(
-    prompt: str, # a prompt, or the layout of one
+    prompt: str, # a prompt, or a template of one
 ) -> bool:
-    "Whether a prompt ends within a thought, so that the completion has to close it."
+    "Whether a prompt ends with `<think>`, so that the completion begins within the thinking."
     return prompt.rstrip().endswith(THINK_START)
 
 def with_thought(
-    prompt: str, # what the completion was made for
+    prompt: str, # the prompt of the completion
     completion: str,
-) -> str: # the completion as it can be read by itself
-    "A completion with the tag that its prompt opened."
+) -> str: # can be read without the prompt
+    "A completion, preceded by the `<think>` with which its prompt ended, if it did."
     return f"{THINK_START}\n{completion}" if opens_thought(prompt) else completion
 
 # %% ../nbs/lib/03_answers.ipynb #65525891
 def find_answer(
     text: str, # a solution
     alone: bool = False, # as in `read_answer`
-) -> tuple[int, Fraction] | None: # where the marker starts and the number it announces; None without such a marker
-    "The marker that decides: last `Answer:`, then last `####`, then last `\\boxed{}`, whichever first announces a number."
-    spoken = after_thinking(text)
+) -> tuple[int, Fraction] | None: # where the marker starts and the number behind it; None without such a marker
+    "The first rule that gives a number: the last `Answer:`, then the last `####`, then the last `\\boxed{}`."
+    rest = after_thinking(text)
     for rule in (_last_answer, _last_hashes, _last_box):
-        marker = rule(spoken)
+        marker = rule(rest)
         value = marker and read_answer(marker[1], alone)
-        if value is not None: return len(text) - len(spoken) + marker[0], value
+        if value is not None: return len(text) - len(rest) + marker[0], value
     return None
 
 # %% ../nbs/lib/03_answers.ipynb #4db6b225
 MODES = ("flexible", "strict")
 
 def _last_number(line: str) -> Fraction | None:
-    "The value of the last number of a line; only that one is worked out."
+    "The value of the last number of a line; the others are not evaluated."
     line = normalise(line)
     starts = [m.start() for m in NUMBER.finditer(line)]
-    return next((value for start in reversed(starts) if (value := _value(NUMBER.match(line, start))) is not None), None)
+    values = (_value(NUMBER.match(line, start)) for start in reversed(starts))
+    return next((value for value in values if value is not None), None)
 
 def extract_answer(
     text: str, # a solution
     mode: str = "flexible", # "strict": announced numbers only; "flexible": else the last number of the text
 ) -> Fraction | None: # exact value, None when there is none
     "The final answer of a solution. Raises ValueError on an unknown mode."
-    if mode not in MODES:
-        near = difflib.get_close_matches(str(mode), MODES, n=1, cutoff=0)[0]
-        raise ValueError(f"unknown extraction mode {mode!r}; did you mean {near!r}?")
-    found = find_answer(text)
-    if found: return found[1]
+    if mode not in MODES: raise ValueError(f"the mode of extraction must be {' or '.join(MODES)}, got {mode!r}")
+    announced = find_answer(text)
+    if announced: return announced[1]
     if mode == "strict": return None
     numbers = map(_last_number, reversed(after_thinking(text).split("\n")))
     return next((number for number in numbers if number is not None), None)
@@ -191,16 +190,16 @@ def extract_answer(
 def split_reasoning(
     text: str, # a solution
 ) -> str: # without trailing blanks and markup
-    "The reasoning of a solution: its thoughts, else all before the marker that `extract_answer` used."
-    spoken = after_thinking(text)
-    thoughts = text[:len(text) - len(spoken)].strip().removeprefix(THINK_START).removesuffix(THINK_END).strip()
-    if thoughts: return thoughts
-    found = find_answer(spoken)
-    return spoken[:found[0]].rstrip(" \t\r\n*_#`") if found else spoken
+    "The reasoning of a solution: its thinking, else all before the marker that `extract_answer` used."
+    rest = after_thinking(text)
+    thinking = text[:len(text) - len(rest)].strip().removeprefix(THINK_START).removesuffix(THINK_END).strip()
+    if thinking: return thinking
+    announced = find_answer(rest)
+    return rest[:announced[0]].rstrip(" \t\r\n*_#`") if announced else rest
 
 # %% ../nbs/lib/03_answers.ipynb #f531898c
 def format_answer(
-    value: Fraction | int | None, # an exact number or nothing
+    value: Fraction | int | None, # an exact number, None for no answer
 ) -> str | None: # "18", "-3", "1/2" or None
     "Canonical text of an answer, every digit of it."
     if value is None: return None
@@ -212,8 +211,8 @@ _AROUND = re.compile(r"[\s*_`(\[{\\]*"), re.compile(r"[\s*_`)\]}.%\\$€£¥₹]
 
 def parse_answer(
     value: str | int | float | Fraction | None, # an answer in any of its forms
-) -> Fraction | None: # exact value; None for nothing, for no number, for a float that is not finite
-    "Inverse of `format_answer`, tolerant of units and currency. Raises TypeError for anything that is no answer."
+) -> Fraction | None: # exact value; None for None, for text without a number, for NaN and infinity
+    "Inverse of `format_answer`, tolerant of units and currency. Raises TypeError for anything but text and numbers."
     if value is None: return None
     if isinstance(value, bool): raise TypeError(f"an answer is text or a number, not {value!r}")
     if isinstance(value, numbers.Rational): return Fraction(int(value.numerator), int(value.denominator))
@@ -228,7 +227,7 @@ def parse_answer(
 def same_answer(
     a: str | int | float | Fraction | None, # one answer
     b: str | int | float | Fraction | None, # the other
-) -> bool: # True when both are there and equal
-    "Exact equality of two answers; nothing never agrees with anything, itself included."
+) -> bool: # True when both exist and are equal
+    "Exact equality of two answers; a missing answer equals nothing, not even another missing one."
     a, b = parse_answer(a), parse_answer(b)
     return a is not None and a == b
