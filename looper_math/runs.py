@@ -688,7 +688,7 @@ def _data_command(args, root: Path):
     try: made = data.fetch(root/Path(args.folder).expanduser())
     except data.DataError as e: raise Refused(str(e)) from None
     for path, how in made.items():
-        print(f"{_short(path)}  {data.FETCHED[path.name].questions:,} questions, {how}")
+        print(f"{_short(path)}  {data.HUB_FILES[path.name].questions:,} questions, {how}")
 
 def _merge_command(args, root: Path):
     "`looper merge`."
