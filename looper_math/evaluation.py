@@ -19,12 +19,12 @@ from tqdm.auto import tqdm
 
 from . import engines, launch, models as lm, prompts
 from .answers import with_thought
-from .audit import Comparison, compare, rescore
+from .audit import rescore
+from .compare import Comparison, compare
 from .data import check_disjoint, load_questions
 from .grading import VERDICTS, count, grade, sampled
 from .prompts import build_prompt
-from .records import Phase, RecordError, RecordWriter, RunConflict, existing, read_json, read_records, read_sealed, require, resolve, run_folder, seal, settings
-from .report import located
+from .records import Phase, RecordError, RecordWriter, RunConflict, existing, located, read_json, read_records, read_sealed, require, resolve, run_folder, seal, settings
 from .stats import holm, p_text, wilson
 
 # %% ../nbs/05_eval.ipynb #482af6aa

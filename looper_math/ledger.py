@@ -13,7 +13,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
-from .answers import plain
+from .answers import normalise
 
 # %% ../nbs/lib/05_ledger.ipynb #b9ef9bf2
 _SIGNS = str.maketrans({"×": "*", "⋅": "*", "·": "*", "∗": "*", "÷": "/"})
@@ -27,7 +27,7 @@ _UNIT = re.compile(rf"([0-9%)])(?: ?{_WORD}(?:[ -]{_WORD}){{0,2}}+(?: ?/ ?{_WORD
 
 def _arithmetic(line: str) -> str:
     "A line with its operators in ASCII and the units between numbers and operators replaced by `_`."
-    line = plain(line.replace("**", ""))
+    line = normalise(line.replace("**", ""))
     if not line.isascii(): line = line.translate(_SIGNS)
     if "\\" in line:
         for pattern, replacement in _LATEX: line = pattern.sub(replacement, line)

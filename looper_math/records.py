@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ROOT', 'SHARED', 'UNFINISHED', 'resolve', 'SettingsError', 'nearest', 'settings', 'require', 'RecordError',
            'iter_records', 'read_records', 'RecordWriter', 'seal', 'read_sealed', 'write_json', 'read_json', 'sha256',
-           'existing', 'versions', 'git_commit', 'RunConflict', 'run_folder', 'verify_outputs', 'verify_output',
-           'Phase', 'saved_work']
+           'existing', 'versions', 'git_commit', 'RunConflict', 'run_folder', 'located', 'verify_outputs',
+           'verify_output', 'Phase', 'saved_work']
 
 # %% ../nbs/lib/00_records.ipynb #6a320f20
 import ast
@@ -301,6 +301,11 @@ def run_folder(run: str) -> Path: # a name, kept under outputs/
 def _differences(old: dict, new: dict) -> str:
     "What differs between two flat dictionaries, in words."
     return ", ".join(f"{k}: {old.get(k, 'nothing')!r} there, {new.get(k, 'nothing')!r} now" for k in sorted({*old, *new}) if old.get(k) != new.get(k))
+
+# %% ../nbs/lib/00_records.ipynb #fdf20bab
+def located(run: str, source: str) -> str: # a path or a hub name, empty for the base
+    "A model as a parameter names it; what begins with a phase lies in the run's own folder."
+    return f"outputs/{run}/{source}" if source[:2].isdigit() and source[2:3] == "_" else source
 
 # %% ../nbs/lib/00_records.ipynb #2aa8ffa8
 def _phase_of(path: Path) -> Path | None:

@@ -33,7 +33,7 @@ import yaml
 # %% ../nbs/lib/30_runs.ipynb #05033096
 from .launch import check_processes
 from .ranges import check_home, check_run, looks_local, named_files
-from .records import ROOT, RecordError, RunConflict, SettingsError, nearest, read_json, require, saved_work, settings, sha256, verify_outputs, write_json
+from .records import ROOT, RecordError, RunConflict, SettingsError, located, nearest, read_json, require, resolve, saved_work, settings, sha256, verify_outputs, write_json
 
 # %% ../nbs/lib/30_runs.ipynb #8f02fcd7
 class Parameter(NamedTuple):
@@ -344,7 +344,6 @@ def _missing(phase: str, path: Path, folder: Path, chosen: list[str], values: di
 
 def check_files(root: Path, folder: Path, chosen: list[str], values: dict[str, dict]):
     "Raise `Refused` when a chosen phase names a file that is neither there nor made by an earlier phase of this call."
-    from looper_math.report import located  # a slow import, and a misspelt parameter is refused without it
     for phase in chosen:
         for name, text in named_files(values[phase]):
             if text == "none" and (phase, name) == ("02_rollouts", "adapter"): continue # the base alone
@@ -591,7 +590,7 @@ def _data_command(args, root: Path):
     try: made = data.fetch(root/Path(args.folder).expanduser())
     except data.DataError as e: raise Refused(str(e)) from None
     for path, how in made.items():
-        print(f"{_short(path)}  {data.FETCHED[path.name].questions:,} questions, {how}")
+        print(f"{_short(path)}  {data.HUB_FILES[path.name].questions:,} questions, {how}")
 
 def _merge_command(args, root: Path):
     "`looper merge`."
