@@ -16,7 +16,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from . import heldout, models, runs, show, training
+from . import heldout, launch, models, show, training
 from .data import OWN, own_solutions
 from .records import Phase, RecordError, existing, read_records, require, resolve, run_folder, settings
 from .training import RowSettings
@@ -180,10 +180,6 @@ def main(s: DPOSettings):
                "last_margin": float(last["rewards/margins"]), "heldout": found}
     training.finish(phase, s, s.trained, list(control.values()), traced, seen, metrics)
     shutil.rmtree(s.cache)
-
-# %% ../nbs/04_dpo.ipynb #26364410
-#| eval: false
-if __name__ == "__main__": runs.worker(main, DPOSettings)
 
 # %% ../nbs/04_dpo.ipynb #f36947f3
 def displacement(log: pd.DataFrame) -> str:

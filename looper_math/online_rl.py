@@ -22,7 +22,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from . import decoding, engines, heldout, models, prompts, regime_w, runs, show, training
+from . import decoding, engines, heldout, launch, models, prompts, regime_w, show, training
 from .data import load_questions
 from .ppo import PPOTrainer
 from .records import Phase, existing, read_json, require, resolve, run_folder, settings, write_json
@@ -254,7 +254,3 @@ def hacking(log: pd.DataFrame) -> str: # a sentence on what happened, then one f
     if change["empty_agreement"] > error("empty_agreement"): found.append(f"Empty agreement grew: {first['empty_agreement']:.1%} of the samples shared a wrong answer with most others, {last['empty_agreement']:.1%} at the end.")
     if not .8 < last["tokens"] / first["tokens"] < 1.25: found.append(f"Length drifted from {first['tokens']:.0f} to {last['tokens']:.0f} tokens.")
     return " ".join(found + ["No sign of reward hacking."] * (len(found) == 1))
-
-# %% ../nbs/06_online_rl.ipynb #0f9ec81e
-#| eval: false
-if __name__ == "__main__": runs.worker(main, OnlineSettings)
