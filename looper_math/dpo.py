@@ -19,7 +19,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from . import heldout, models, runs, show, training
 from .data import OWN, own_solutions
 from .records import Phase, RecordError, existing, read_records, require, resolve, run_folder, settings
-from .training import RowSettings
+from .training import TrainingSettings
 
 # %% ../nbs/04_dpo.ipynb #ec97e7dc
 from . import ranges
@@ -27,7 +27,7 @@ from . import ranges
 LOSSES = ("sigmoid", "sigmoid_norm", "ipo", "hinge", "robust")
 
 @dataclass
-class DPOSettings(RowSettings):
+class DPOSettings(TrainingSettings):
     "Parameters of phase 4; raises `SettingsError` on a value out of range."
     adapter: str
     pairs: str
@@ -43,7 +43,11 @@ class DPOSettings(RowSettings):
     label_smoothing: float
     precompute_reference: bool
 
-    ALLOWED = RowSettings.ALLOWED | {
+    CONFIG = DPOConfig
+    FIXED = TrainingSettings.FIXED | dict.fromkeys(
+        ("beta", "loss_type", "loss_weights", "label_smoothing", "precompute_ref_log_probs"),
+        "it has a parameter of its own")
+    ALLOWED = TrainingSettings.ALLOWED | {
         "min_pairs": ranges.Range(1, 10**9), "control_cap": ranges.SIZE, "control_learning_rate": ranges.LEARNING_RATE,
         "beta": ranges.Range(0, 1000, above=True), "loss": LOSSES, "nll_weight": ranges.WEIGHT,
         "label_smoothing": ranges.Range(0, .5, below=True)}
@@ -94,7 +98,7 @@ def make_trainer(s: DPOSettings) -> DPOTrainer:
     "TRL's trainer for the SFT adapter, its frozen copy as reference."
     rows = Dataset.from_json(str(resolve(s.pairs)), cache_dir=str(s.cache)).select_columns(["prompt", "chosen", "rejected"])
     model = models.load_adapter(models.load_base(s.base, **s.loading), s.adapter, trainable=True)
-    arguments = training.trainer_arguments(s, s.trained, len(rows)) | s.batching | loss_arguments(s)
+    arguments = training.trainer_arguments(s, s.trained, len(rows)) | loss_arguments(s)
     config = training.one_device(DPOConfig(**arguments, precompute_ref_log_probs=s.precompute_reference, remove_unused_columns=False))
     trainer = DPOTrainer(model, args=config, train_dataset=rows, processing_class=models.load_tokenizer(s.base))
     trainer.train_dataset = _with_lengths(trainer.train_dataset)
@@ -115,7 +119,7 @@ class StepZero(TrainerCallback):
 
 def tolerance(mixed_precision: str) -> float: # nats
     "How far the mean log-ratio of two equal models may be from 0."
-    return 1e-3 if training.precision(mixed_precision) == "no" else .1
+    return 1e-3 if mixed_precision == "no" else .1
 
 # %% ../nbs/04_dpo.ipynb #9bf3ac21
 def seen_pairs(trainer: DPOTrainer, given: int, # pairs that were handed to the trainer
@@ -143,15 +147,15 @@ def control_rows(s: DPOSettings) -> list[dict]: # {"prompt", "completion"}
 def control_trainer(s: DPOSettings, own: list[dict], updates: int) -> SFTTrainer:
     "TRL's trainer for rejection-sampling SFT on `own` from the same adapter."
     model = models.load_adapter(models.load_base(s.base, **s.loading), s.adapter, trainable=True)
-    arguments = training.trainer_arguments(s, s.controlled, len(own)) | s.batching | {
-        "learning_rate": s.control_learning_rate, "per_device_train_batch_size": 2 * s.batch_size, "max_steps": updates, "warmup_steps": round(s.warmup * updates)}
+    arguments = training.trainer_arguments(s, s.controlled, len(own)) | {
+        "learning_rate": s.control_learning_rate, "per_device_train_batch_size": 2 * s.batch_size, "max_steps": updates, "warmup_steps": s.warmup(updates)}
     return SFTTrainer(model, args=training.one_device(SFTConfig(**arguments, completion_only_loss=True)), train_dataset=Dataset.from_list(own), processing_class=models.load_tokenizer(s.base))
 
 # %% ../nbs/04_dpo.ipynb #497f29c0
 def open_phase(s: DPOSettings) -> Phase:
     "Phase 4 of the run; refuses a folder that another configuration made."
     inputs = existing(base=s.base, dev=s.dev) | {"adapter": resolve(s.adapter), "pairs": resolve(s.pairs)} | ({"rollouts": resolve(s.rollouts)} if s.control else {})
-    return Phase("04_dpo", s, inputs, machine=(*training.MACHINE, "adapter", "pairs", "rollouts"))
+    return Phase("04_dpo", s, inputs, machine=(*ranges.WITHOUT_EFFECT, "adapter", "pairs", "rollouts"))
 
 def train_dpo(s: DPOSettings, n: int) -> tuple[pd.DataFrame | None, dict]: # log (none on all processes but the first), what the trainer saw
     "Train the DPO adapter on `n` pairs, from the last checkpoint if there is one."

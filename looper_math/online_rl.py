@@ -59,6 +59,11 @@ class OnlineSettings(TrainingSettings):
     value_learning_rate: float
     save_every: int
 
+    CONFIG = GRPOConfig
+    FIXED = TrainingSettings.FIXED | dict.fromkeys(
+        ("num_generations", "steps_per_generation", "num_iterations", "generation_batch_size", "max_completion_length",
+         "temperature", "top_p", "top_k", "beta", "epsilon", "scale_rewards", "reward_weights", "shuffle_dataset",
+         "disable_dropout", "loss_type"), "the phase or a parameter of its own sets it")
     ALLOWED = TrainingSettings.ALLOWED | {
         "limit": ranges.COUNT, "algorithm": ("grpo", "ppo"), "arm_set": tuple(prompts.ARM_SETS),
         "prompt": ("canonical", "arm"), "temperature": ranges.TEMPERATURE, "beta": ranges.WEIGHT,
@@ -77,6 +82,11 @@ class OnlineSettings(TrainingSettings):
         require(self.adapter != "none", "adapter must be a folder, or empty for this run's SFT adapter, got 'none'")
         self._check_weights()
         self.adapter = self.adapter or f"outputs/{self.run}/01_sft/adapter"
+
+        completions = self.option("per_device_train_batch_size")
+        require(completions % len(self.arms) == 0,
+                f"trainer.per_device_train_batch_size must be a multiple of {len(self.arms)}, one completion for each arm "
+                f"of {self.arm_set}, got {completions}")
 
     def _check_weights(self):
         "Raise `SettingsError` unless `weights` holds numbers for weights of the reward, and some reward is left."
@@ -111,6 +121,11 @@ class OnlineSettings(TrainingSettings):
     def signals(self) -> dict[str, float]: # name → weight, 0 for what is only watched
         "What is logged."
         return self.terms | {name: 0. for name in MONITORS if name not in self.terms}
+
+    @property
+    def batch_size(self) -> int:
+        "Questions on one device at a time."
+        return self.option("per_device_train_batch_size") // len(self.arms)
 
     @property
     def folder(self) -> Path: return run_folder(self.run)/"06_online_rl"
@@ -195,7 +210,7 @@ class StartsAtReference(TrainerCallback):
 def ordered(questions: list[dict], s: OnlineSettings) -> list[dict]:
     "The questions of all epochs in the order in which they are asked, a new order for each epoch, without the rest that fills no update; raises `SettingsError` when they fill none."
     groups = s.effective_batch
-    require(len(questions) >= groups, f"{s.questions}: {len(questions)} questions, and one update takes {groups}; give more, or lower batch_size or accumulation")
+    require(len(questions) >= groups, f"{s.questions}: {len(questions)} questions, and one update takes {groups}; give more, or lower trainer.per_device_train_batch_size or trainer.gradient_accumulation_steps")
     return [q for epoch in range(s.epochs) for q in random.Random(f"{s.seed}/{epoch}").sample(questions, len(questions) // groups * groups)]
 
 def make_trainer(s: OnlineSettings, questions: list[dict]) -> GRPOTrainer:
@@ -205,7 +220,7 @@ def make_trainer(s: OnlineSettings, questions: list[dict]) -> GRPOTrainer:
     tokenizer, n = models.load_tokenizer(s.base), len(s.arms)
     arguments = training.trainer_arguments(s, s.trained, len(asked) // s.epochs * s.iterations) | {
         "num_train_epochs": 1, "shuffle_dataset": False, "disable_dropout": True, "loss_type": "dapo",
-        "per_device_train_batch_size": s.batch_size * n, "num_generations": n, "steps_per_generation": s.accumulation, "num_iterations": s.iterations,
+        "num_generations": n, "steps_per_generation": s.accumulation, "num_iterations": s.iterations,
         "max_completion_length": s.max_new_tokens, "temperature": s.temperature, "beta": s.beta, "epsilon": s.clip, "scale_rewards": s.scale_rewards,
         "reward_weights": [*s.signals.values()], "save_strategy": "steps", "save_steps": s.save_every, "remove_unused_columns": False}
     kind, more = (PPOTrainer, {"lam": s.lam, "value_weight": s.value_weight, "value_learning_rate": s.value_learning_rate}) if s.algorithm == "ppo" else (GRPOTrainer, {})
@@ -215,7 +230,7 @@ def make_trainer(s: OnlineSettings, questions: list[dict]) -> GRPOTrainer:
 # %% ../nbs/06_online_rl.ipynb #a1f215d1
 def open_phase(s: OnlineSettings) -> Phase:
     "Phase 6 of the run; refuses a folder that another configuration made."
-    return Phase("06_online_rl", s, existing(base=s.base, questions=s.questions, dev=s.dev) | {"adapter": resolve(s.adapter)}, machine=(*training.MACHINE, "adapter"))
+    return Phase("06_online_rl", s, existing(base=s.base, questions=s.questions, dev=s.dev) | {"adapter": resolve(s.adapter)}, machine=(*ranges.WITHOUT_EFFECT, "adapter"))
 
 def main(s: OnlineSettings):
     "Train the policy of a run, from its last checkpoint if there is one, or find it finished."
