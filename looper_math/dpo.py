@@ -178,7 +178,7 @@ def main(s: DPOSettings):
     moved = models.adapter_distance(s.adapter, s.trained)
     if moved == 0: raise RuntimeError(f"{s.trained} equals {s.adapter}: training changed no weight")
     control = {"control": s.controlled} if s.control else {}
-    traced, found = training.look(s, {"SFT": resolve(s.adapter)}, s.trained, questions, beside=control)
+    traced, found = training.evaluate_checkpoints(s, {"SFT": resolve(s.adapter)}, s.trained, questions, beside=control)
     first, last = log.iloc[0], log.iloc[-1]
     metrics = {"step_zero": {"loss": float(first.loss)} | {f"reward of {k}": float(first[f"rewards/{k}"]) for k in ("chosen", "rejected")}, "adapter_moved_by": moved, "least_gradient_norm": float(log.grad_norm.min()), "chosen_logp_change": float(last["rewards/chosen"]) / s.beta,
                "last_margin": float(last["rewards/margins"]), "heldout": found}

@@ -244,7 +244,7 @@ def main(s: OnlineSettings):
     if log is None: return   # not the first process
     moved = models.adapter_distance(s.adapter, s.trained)
     if moved == 0: raise RuntimeError(f"{s.trained} equals {s.adapter}: training changed no weight")
-    traced, found = training.look(s, {"SFT": resolve(s.adapter)}, s.trained, held_out, name=lambda i, update: f"update {update}")
+    traced, found = training.evaluate_checkpoints(s, {"SFT": resolve(s.adapter)}, s.trained, held_out, name=lambda i, update: f"update {update}")
     counts = {"questions": len(ordered(questions, s)) // s.epochs, "updates": trainer.state.global_step, "trajectories": trainer.state.global_step // s.iterations * s.effective_batch * len(s.arms)}
     metrics = {"first_divergence": float(log.kl.iloc[0]) if s.beta else None, "adapter_moved_by": moved, "hacking": hacking(log), "heldout": found} | {f"{when}_{k}": v for when, part in thirds(log).items() for k, v in part.items()}
     training.finish(phase, s, s.trained, [s.samples], traced, counts, metrics)

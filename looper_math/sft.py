@@ -76,10 +76,10 @@ def make_trainer(s: SFTSettings, rows: Dataset) -> SFTTrainer:
     set_seed(s.seed)   # the trainer seeds itself too late for the adapter's first weights
     lora = models.lora_config(s.lora["r"], s.lora["lora_alpha"], s.lora["lora_dropout"])
     model = get_peft_model(models.load_base(s.base, **s.loading), lora)
-    arguments = lambda n: training.trainer_arguments(s, s.adapter, n)
-    config = training.one_device(SFTConfig(**arguments(len(rows)), completion_only_loss=True))
+    config = training.trainer_config(SFTConfig, s, s.adapter, len(rows), completion_only_loss=True)
     trainer = SFTTrainer(model, args=config, train_dataset=rows, processing_class=models.load_tokenizer(s.base))
-    trainer.args.warmup_steps = arguments(len(trainer.train_dataset))["warmup_steps"]   # packed rows are fewer
+    packed = training.trainer_arguments(s, s.adapter, len(trainer.train_dataset)) # of fewer rows, where they are packed
+    trainer.args.warmup_steps = packed["warmup_steps"]
     return trainer
 
 # %% ../nbs/01_sft.ipynb #0768fe41
@@ -129,7 +129,7 @@ def main(s: SFTSettings):
     if log is None: return   # not the first process
     seen.to_json(phase.folder/"seen.jsonl", orient="records", lines=True)
     write_json(phase.folder/"examples.json", examples)
-    traced, found = training.look(s, {"base": None}, s.adapter, questions)
+    traced, found = training.evaluate_checkpoints(s, {"base": None}, s.adapter, questions)
     counts = {"rows": len(rows), "tokens": int(seen.tokens.sum()), "trained_tokens": int(seen.trained.sum()), "cut_off": len(rows) - int(seen.ends.sum()), "updates": int(log.index[-1])}
     training.finish(phase, s, s.adapter, [phase.folder/"seen.jsonl", phase.folder/"examples.json"], traced, counts, {"first_loss": float(log.loss.iloc[0]), "last_loss": float(log.loss.iloc[-1]), "heldout": found})
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEDULERS', 'REPORTS', 'OURS', 'TrainingSettings', 'precision', 'launched', 'trainer_arguments', 'one_device',
-           'Learning', 'log_line', 'LogLines', 'damage', 'is_first_process', 'checkpoints', 'last_checkpoint', 'train',
-           'history', 'heldout_questions', 'look', 'finish', 'verdict']
+           'trainer_config', 'Learning', 'log_line', 'LogLines', 'damage', 'is_first_process', 'checkpoints',
+           'last_checkpoint', 'train', 'history', 'heldout_questions', 'evaluate_checkpoints', 'finish', 'verdict']
 
 # %% ../nbs/lib/16_training.ipynb #bfac8710
 import gc
@@ -30,9 +30,6 @@ from transformers.utils import is_torch_tf32_available
 from . import heldout, models
 from .data import check_disjoint, load_questions
 from .records import Phase, RecordError, read_json, require, resolve
-
-# %% ../nbs/lib/16_training.ipynb #9c03bf5f
-disable_progress_bars()  # a bar for each second of tokenising would bury what a page has to show
 
 # %% ../nbs/lib/16_training.ipynb #55b340ff
 import typing
@@ -230,6 +227,14 @@ def one_device(config):
     if config.n_gpu > 1: config._n_gpu = 1
     return config
 
+def trainer_config(config: type, # such as `SFTConfig`
+                   s: TrainingSettings, folder: str | Path, rows: int,
+                   **options # that differ from `trainer_arguments`
+                  ): # an instance of `config`, for one device
+    "TRL's config of a training; from here on tokenizing shows no progress bars, which would fill the page."
+    disable_progress_bars()
+    return one_device(config(**trainer_arguments(s, folder, rows) | options))
+
 # %% ../nbs/lib/16_training.ipynb #582a333c
 class Learning(TrainerCallback):
     "Raise `RuntimeError` before the first update unless some weight of the adapter has a gradient, and when a logged gradient norm is no number."
@@ -340,7 +345,7 @@ def heldout_questions(s: TrainingSettings,
     return questions
 
 def _stages(folder: Path, name: Callable[[int, int], str]) -> dict[str, Path]:
-    "The checkpoints of a training under the names that `look` gives them; each says itself in which epoch it was made."
+    "The checkpoints of a training under the names that `evaluate_checkpoints` gives them; each says itself in which epoch it was made."
     epoch = lambda path: math.ceil(round(read_json(path/"trainer_state.json")["epoch"], 6))
     return {name(epoch(path), _update(path)): path for path in checkpoints(folder)}
 
@@ -349,7 +354,7 @@ def _copy_adapter(source: Path, folder: Path):
     for name in ("adapter_model.safetensors", "adapter_config.json", "value_head.safetensors"):
         if (source/name).exists(): shutil.copyfile(source/name, folder/name)
 
-def look(s: TrainingSettings,
+def evaluate_checkpoints(s: TrainingSettings,
          start: dict, # name → adapter folder, or none for the bare base: where the training began
          folder: Path, # of the training, with its checkpoints
          questions: list[dict], # held out; with none there is nothing to look at
@@ -381,7 +386,7 @@ def finish(phase: Phase, s: TrainingSettings, trained: Path, outputs: list[Path]
     settings = {"effective_batch": s.effective_batch, "mixed_precision": s.mixed_precision, "trainer": s.options}
     phase.finish([trained, path, *outputs], counts=counts, metrics=settings | metrics)
 
-def verdict(found: dict, # as `look` returns it
+def verdict(found: dict, # as `evaluate_checkpoints` returns it
             before: str, after: str) -> str: # HTML
     "What the held-out questions say of a training, red when it lost more than it gained with p < 0.05."
     if not found: return "No held-out questions were named, so nothing is known here of what the training did."
