@@ -339,7 +339,7 @@ def _missing(phase: str, path: Path, folder: Path, chosen: list[str], values: di
     if maker not in values: return f"this recipe does not run {maker}"
     if maker not in chosen: return f"{maker} has not made it"
     if chosen.index(maker) >= chosen.index(phase): return f"{maker} makes it, and runs after {phase}"
-    if inside[:1] == ["control"] and not values[maker].get("control", True): return f"{maker}.control is False"
+    if inside[:1] == ["control"] and values[maker].get("control_cap") == 0: return f"{maker}.control_cap is 0"
     made = MADE.get(maker, inside[:1])
     return "" if inside and inside[0] in made else f"{maker} makes {' and '.join(made)}"
 
@@ -414,7 +414,7 @@ def check_across(chosen: list[str], values: dict[str, dict]) -> list[str]: # wha
     from looper_math import prompts
     sampled, paired, dpo = (values.get(phase, {}) for phase in ("02_rollouts", "03_preferences", "04_dpo"))
     if not sampled: return []
-    own = "04_dpo" in chosen and dpo["control"] and not dpo["rollouts"] and not sampled["import_from"]
+    own = "04_dpo" in chosen and dpo["control_cap"] and not dpo["rollouts"] and not sampled["import_from"]
     arms = [arm.name for arm in prompts.arms(sampled["arm_set"])]
     for name in dpo["control_arms"] if own else []:
         if name not in arms:

@@ -36,10 +36,12 @@ class SFTSettings(TrainingSettings):
     rollouts: str
     own_cap: int
     lora: dict
+    max_new_tokens: int
+    accelerate_config: str
 
     ALLOWED = TrainingSettings.ALLOWED | {
         "limit": ranges.COUNT, "marks": ("strip", "keep"), "targets": ("human", "self", "mixed"),
-        "own_cap": ranges.SIZE}
+        "own_cap": ranges.SIZE, "max_new_tokens": ranges.SIZE}
     CONFIG = SFTConfig
     FIXED = TrainingSettings.FIXED | dict.fromkeys(
         ("completion_only_loss", "assistant_only_loss", "dataset_text_field", "dataset_kwargs", "chat_template_path",
