@@ -91,7 +91,8 @@ def _of_adapter(name: str, folder: Path) -> Model:
     found = next((p/"manifest.json" for p in folder.parents[:2] if (p/"manifest.json").exists()), None)
     require(found is not None, f"{name}: no manifest.json beside this adapter, so its base and its prompt are not known; the phase that trains it writes one when it is done, and an adapter from elsewhere can be asked in a notebook, as Model(name, base, adapter, template)")
     asked = _noted(found)
-    return Model(name, asked["base"], str(folder), asked["template"], max_new_tokens=asked.get("max_new_tokens", Model.max_new_tokens))
+    sampled = asked.get("trainer", {}).get("max_completion_length", Model.max_new_tokens)   # online RL
+    return Model(name, asked["base"], str(folder), asked["template"], max_new_tokens=asked.get("max_new_tokens", sampled))
 
 # %% ../nbs/lib/29_ask.ipynb #9e10e69d
 def _of_hub(name: str, root: Path) -> Model:

@@ -27,8 +27,8 @@ def _results(summary: dict) -> str:
     return "\n".join(["| set | model | right | accuracy |", "|---|---|---|---|", *lines, "", *summary["warnings"], *said])
 
 _SIZES = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "seed")
-TOLD = {"01_sft": ("train", "targets", *_SIZES), "04_dpo": ("loss", "beta", "nll_weight", *_SIZES),
-        "06_online_rl": ("algorithm", "temperature", "beta", "iterations", *_SIZES)} # phase → the parameters that a card tells
+TOLD = {"01_sft": ("train", "targets", *_SIZES), "04_dpo": ("loss_type", "loss_weights", "beta", *_SIZES),
+        "06_online_rl": ("algorithm", "temperature", "beta", "num_iterations", *_SIZES)} # phase → the parameters that a card tells
 
 LICENCE = {"license": "other", "license_name": "all-rights-reserved"} # as the hub's metadata names a licence of one's own
 SIGNAL = "a proprietary multi-path coherence signal"

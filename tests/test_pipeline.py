@@ -38,36 +38,42 @@ def test_records_are_whole(small_run):
 
 
 def test_dpo_alone_and_after_a_kill(small_run):
-    "Plain papermill runs phase 4 on the files of phases 1 and 3; killed in the middle and run again, it ends where an unbroken run ends."
+    "Plain papermill runs phase 4; killed in the middle and run again, it ends where an uninterrupted run ends."
     done = papermill("04_dpo", small_run / "04_dpo.ipynb")
     assert done.returncode == 0, done.stderr[-3000:]
     unbroken = load_file(small_run / "04_dpo" / "adapter" / "adapter_model.safetensors")
-    manifest = read_json(small_run / "04_dpo" / "manifest.json")
-    assert abs(manifest["metrics"]["step_zero"]["reward of chosen"]) < .1 and manifest["metrics"]["least_gradient_norm"] > 0 and manifest["metrics"]["adapter_moved_by"] > 0
+    metrics = read_json(small_run / "04_dpo" / "manifest.json")["metrics"]
+    assert abs(metrics["step_zero"]["reward of chosen"]) < .1
+    assert metrics["least_gradient_norm"] > 0 and metrics["adapter_moved_by"] > 0
 
     other = run_folder(RUN + "-killed")
     shutil.rmtree(other, ignore_errors=True)
-    inputs = dict(adapter=str(small_run / "01_sft" / "adapter"), pairs=str(small_run / "03_preferences" / "pairs.jsonl"), rollouts=str(small_run / "02_rollouts" / "rollouts.jsonl"))
+    files = {"adapter": "01_sft/adapter", "pairs": "03_preferences/pairs.jsonl",
+             "rollouts": "02_rollouts/rollouts.jsonl"}
+    inputs = {name: str(small_run / path) for name, path in files.items()}
     process = start("dpo", "DPOSettings", "main", small("04_dpo", run=other.name, **inputs))
-    kill_when(process, lambda: any((c / "trainer_state.json").exists() for c in (other / "04_dpo" / "adapter").glob("checkpoint-*")))
+    trained = other / "04_dpo" / "adapter"
+    kill_when(process, lambda: any(trained.glob("checkpoint-*/trainer_state.json")))
     assert not (other / "04_dpo" / "manifest.json").exists()
     again = papermill("04_dpo", other / "04_dpo.ipynb", run=other.name, **inputs)
     assert again.returncode == 0, again.stderr[-3000:]
-    resumed = load_file(other / "04_dpo" / "adapter" / "adapter_model.safetensors")
+    resumed = load_file(trained / "adapter_model.safetensors")
     assert unbroken.keys() == resumed.keys()
     assert max((unbroken[k] - resumed[k]).abs().max().item() for k in unbroken) < 1e-5
     shutil.rmtree(other)
 
 
 @pytest.mark.parametrize("phase, parameters, said", [
-    ("04_dpo", {"betta": 0.5}, "did you mean 'beta'"),
-    ("04_dpo", {"beta": "high"}, "beta must be float"),
-    ("04_dpo", {"beta": 0.7}, "another configuration"),
+    ("04_dpo", {"min_pair": 5}, "did you mean 'min_pairs'"),
+    ("04_dpo", {"trainer": {"betta": 0.5}}, "did you mean 'beta'"),
+    ("04_dpo", {"trainer": {"beta": "high"}}, "trainer.beta must be float"),
+    ("04_dpo", {"trainer": {"beta": 0.7}}, "another configuration"),
     ("04_dpo", {"run": "pytest-nowhere"}, "run the phase that makes it"),
 ])
 def test_refused_at_once_and_nothing_changed(small_run, tmp_path, phase, parameters, said):
-    "A misspelt or ill-typed parameter, another configuration, a missing input: a message that helps, and every file as it was."
-    if not (small_run / "04_dpo" / "manifest.json").exists(): assert papermill("04_dpo", small_run / "04_dpo.ipynb").returncode == 0
+    "A misspelt or ill-typed parameter, another configuration, a missing input: a clear message, and no file changes."
+    if not (small_run / "04_dpo" / "manifest.json").exists():
+        assert papermill("04_dpo", small_run / "04_dpo.ipynb").returncode == 0
     files = lambda: {p: p.stat().st_mtime_ns for p in small_run.rglob("*")}
     before = files()
     done = papermill(phase, tmp_path / "out.ipynb", **parameters)
