@@ -60,8 +60,8 @@ BAD = [
     ("146", "dev", "openai/gsm8k:train[7000", "is no split"),
     ("146", "dev_limit", -5, "dev_limit must be at least 0"),
     ("146", "load_in_4bit", "yes", "load_in_4bit must be bool"),
-    ("146", "accelerate_config", "nbs/accelerate/fsdp-9.yaml", "there is no"),
-    ("146", "accelerate_config", "~nobody-here/fsdp.yaml", "begins with ~nobody-here"),
+    ("14", "accelerate_config", "nbs/accelerate/fsdp-9.yaml", "there is no"),
+    ("14", "accelerate_config", "~nobody-here/fsdp.yaml", "begins with ~nobody-here"),
     # their trainers' options
     ("146", "trainer", "learning_rate: 0.1", "trainer must be dict"),
     ("146", "trainer.learning_rate", 0.0, "trainer.learning_rate must be above 0"),
