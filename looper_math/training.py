@@ -379,7 +379,8 @@ def evaluate_checkpoints(
     if s.keep == "best":
         kept = heldout.best_stage(answers, list(stages))
         _copy_adapter(stages[kept], folder)
-        for title, other in others.items(): _copy_adapter(other[heldout.best_stage(answers, list(other))], beside[title])
+        for title, other in others.items():
+            _copy_adapter(other[heldout.best_stage(answers, list(other))], beside[title])
     test = heldout.compare_stages(answers, first, kept)
     return answers, {"kept": kept, "right_before": test.correct_a, "right_after": test.correct_b, "n": test.n,
                      "gained": test.gained, "lost": test.lost, "p": test.p}
