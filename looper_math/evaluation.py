@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from . import engines, eval_jobs, models as lm, prompts, ranges, runs
+from . import engines, eval_jobs, launch, models as lm, prompts, ranges
 from .compare import Comparison
 from .data import check_disjoint, check_source, load_questions
 from .eval_jobs import STYLES, Job, Prompts
@@ -183,7 +183,7 @@ def run_phase(s: EvalSettings) -> dict: # the manifest
     check_inputs(s, sets)
     phase.begin()
     for job in s.jobs: gather(files_of(s, job))
-    runs.launch("looper_math.evaluation", s, n_gpu=s.n_gpu)
+    launch.launch("looper_math.evaluation", s, n_gpu=s.n_gpu)
     rows = {job: complete_job(s, job, all_prompts, sets) for job in s.jobs}
     counts = {name: len(questions) for name, questions in sets.items()} | {
         "completions": sum(map(len, rows.values())), "tokens": int(sum(r.num_tokens.sum() for r in rows.values()))}
@@ -191,7 +191,3 @@ def run_phase(s: EvalSettings) -> dict: # the manifest
     manifest = phase.finish([s.folder/job.file for job in rows], counts=counts, metrics=metrics)
     for job in rows: files_of(s, job).partial.unlink(missing_ok=True)   # their rows have checksums until then
     return manifest
-
-# %% ../nbs/05_eval.ipynb #feff5921
-#| eval: false
-if __name__ == "__main__": runs.worker(main, EvalSettings)

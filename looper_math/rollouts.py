@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from . import engines, models, prompts, ranges, regime_w, runs, show
+from . import engines, launch, models, prompts, ranges, regime_w, show
 from .data import check_source, load_questions
 from .importing import Imported, Source, import_rollouts, lacking_table, print_lacking
 from .prompts import build_prompt
@@ -104,7 +104,7 @@ def main(s: RolloutSettings):
 def generate_rollouts(s: RolloutSettings) -> list[dict]:
     "The records of all questions in their order; those that an earlier process made are kept."
     gather(s.files)
-    runs.launch("looper_math.rollouts", s, n_gpu=s.n_gpu)
+    launch.launch("looper_math.rollouts", s, n_gpu=s.n_gpu)
     return complete(s.files, [(q["question_id"],) for chunk in question_chunks(s) for q in chunk])
 
 # %% ../nbs/02_rollouts.ipynb #ea948cff
@@ -143,7 +143,3 @@ def run_phase(s: RolloutSettings) -> dict: # the manifest
     manifest = phase.finish([s.path], counts=counts, metrics=metrics)
     s.files.partial.unlink(missing_ok=True)
     return manifest
-
-# %% ../nbs/02_rollouts.ipynb #cb4c267a
-#| eval: false
-if __name__ == "__main__": runs.worker(main, RolloutSettings)
