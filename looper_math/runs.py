@@ -380,7 +380,7 @@ def build_settings(phase: str, parameters: dict) -> dict: # the parameters as th
     try:
         built = settings(getattr(module, name), parameters)
         check_processes(parameters.get("n_gpu", 0), parameters.get("accelerate_config", ""))
-        if phase in GROWING: module.joined(built) # refuses what does not go together with what is there
+        if phase in GROWING: module.with_recorded_models(built) # refuses what does not go together with what is there
     except (ValueError, OSError) as e: raise Refused(f"{phase}: {' '.join(str(e).split())}") from None
     return dataclasses.asdict(built)
 

@@ -79,7 +79,8 @@ def test_every_process_has_a_share_of_the_rollouts(recipe):
 @pytest.mark.parametrize("recipe", [r for r in BIG if "05_eval" in values(r)])
 def test_the_numbers_of_the_evaluation_are_those_of_its_comment(recipe):
     p = values(recipe)["05_eval"]
-    several = (p["samples"] + len(arms(p["arm_set"]))) * p["sampled_questions"] * p["sampled_models"]
+    sampling = p["sampling"]
+    several = (sampling["n"] + len(arms(p["arm_set"]))) * sampling["questions"] * sampling["models"]
     greedy = size(p["questions"], p["limit"]) * len(p["models"]) * len(p["styles"])
     stated = re.search(r"([\d,]+) completions beside the ([\d,]+) greedy", text(recipe, "05_eval"))
     if stated: assert [int(n.replace(",", "")) for n in stated.groups()] == [several, greedy]
