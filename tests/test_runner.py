@@ -15,8 +15,9 @@ import papermill
 import pytest
 
 from looper_math import launch, records, runs
+from looper_math.cli import looper
 from looper_math.records import RunConflict, SettingsError
-from looper_math.runs import PhaseFailed, Refused, looper, run_recipe
+from looper_math.runs import PhaseFailed, Refused, run_recipe
 
 HEAD = """
 import os, time
@@ -350,7 +351,7 @@ def test_a_dead_kernel_is_reported(fresh):
 
 def popen(root, *flags, stderr=subprocess.STDOUT, token=""):
     "A runner of the recipe tiny in a process group of its own, with a token in the environment of all that it starts."
-    code = "import pathlib, sys; from looper_math.runs import looper; looper(sys.argv[2:], pathlib.Path(sys.argv[1]))"
+    code = "import pathlib, sys; from looper_math.cli import looper; looper(sys.argv[2:], pathlib.Path(sys.argv[1]))"
     call = [sys.executable, "-c", code, str(root), "run", "tiny", *flags]
     return subprocess.Popen(call, stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True,
                             env=os.environ | {"RUNNER_OF_THE_TEST": token})
@@ -412,7 +413,7 @@ def test_control_c(fresh):
     p = start_runner(fresh, token)
     assert len(processes_with(token)) >= 2 # the runner and its kernel
     sentence, out = interrupt(p)
-    assert sentence == "looper: stopped; nothing of 03_preferences is kept; the same command goes on from here."
+    assert sentence == "looper: stopped; nothing of 03_preferences is kept; the same command continues from here."
     assert p.returncode == 130 and "Traceback" not in out
     assert not (fresh / "outputs/tiny/03_preferences/manifest.json").exists()
     assert not processes_with(token)
@@ -498,7 +499,7 @@ def test_a_disk_that_fills_up(fresh, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         looper(["run", "tiny"], fresh)
     err = capsys.readouterr().err
-    assert stop.value.code == 1 and "run.json: No space left on device; when the cause is mended" in err
+    assert stop.value.code == 1 and "run.json: No space left on device; when the cause is fixed" in err
 
 
 @pytest.mark.parametrize("text", ['{"recipe": "ti', "[]", "{}", ""])

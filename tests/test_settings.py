@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import small
 
-from looper_math import launch, records, runs
+from looper_math import cli, launch, records, runs
 from looper_math.records import ROOT, SettingsError, settings
 
 INF, NAN = math.inf, math.nan
@@ -305,7 +305,7 @@ def test_every_recipe_is_in_range(recipe):
 
 
 def test_the_command_line_does_not_wait_for_torch():
-    code = "import sys, looper_math.runs; sys.exit('torch' in sys.modules or 'datasets' in sys.modules)"
+    code = "import sys, looper_math.cli; sys.exit('torch' in sys.modules or 'datasets' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
@@ -344,7 +344,7 @@ def test_refused_before_the_first_phase(case, capfd, monkeypatch):
     if case not in IN_A_PROCESS:
         monkeypatch.setattr(runs, "check_settings", build_here)
     with pytest.raises(SystemExit) as stop:
-        runs.looper(["run", recipe, "--run", RUN, "-p", flag])
+        cli.looper(["run", recipe, "--run", RUN, "-p", flag])
     err = capfd.readouterr().err
     assert stop.value.code == 2 and THROUGH[case] in err and "Traceback" not in err
     assert not (ROOT / "outputs" / RUN).exists()
