@@ -14,9 +14,9 @@ parser = ConfigParser(delimiters=["="])
 parser.read("settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 
-# _modidx names the functions of every module, so it goes too.
 PUBLIC = ("looper_math", "README.md", "LICENSE", "MANIFEST.in", "settings.ini", "setup.py")
-PRIVATE = ("regime_w", "rollouts", "preferences", "online_rl", "criteria", "_modidx")
+# _modidx names the functions of every module, so it goes too.
+PRIVATE = ("regime_w", "rollouts", "preferences", "sampler", "online_rl", "criteria", "_modidx")
 public = os.environ.get("LOOPER_WITHOUT_REGIME_W") == "1"
 
 # The second part of the README describes the private repository.

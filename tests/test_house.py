@@ -24,6 +24,7 @@ FLOORS = [
     {"heldout", "trajectories"},
     {"ask"},
     {"runs", "training", "ppo"},
+    {"dpo_trainer", "sampler"},
     {"sft", "rollouts", "preferences", "dpo", "evaluation", "online_rl"},
 ]
 MODULES = sorted(p.stem for p in (ROOT / "looper_math").glob("[a-z]*.py"))
