@@ -26,20 +26,36 @@ def _add_command(commands, name: str,
     parser.set_defaults(function=function)
     return parser
 
+def _recipe_lines(root: Path) -> list[str]:
+    "The recipes of a project by group, each with minutes, hardware and purpose."
+    abouts = {name: runs.about_recipe(root, name) for name in runs.recipes(root)}
+    width, lines = max(map(len, abouts)), []
+    for group, heading in runs.GROUPS.items():
+        members = {name: about for name, about in abouts.items() if about and about.group == group}
+        if members: lines += ["", heading]
+        for name, about in members.items():
+            time = f"{about.minutes} min" if isinstance(about.minutes, int) else about.minutes
+            lines.append(f"  {name:<{width}}  {time:>9}  {about.hardware:<20}  {about.purpose}")
+    if others := [name for name, about in abouts.items() if not about]:
+        lines += ["", "Without an about.yaml", *(f"  {name}" for name in others)]
+    return lines
+
 def _run(args, root: Path):
     "`looper run`."
     if args.recipe: runs.run_recipe(args.recipe, args.run, getattr(args, "from"), args.to, args.p, root)
-    else: print("Recipes:", *runs.recipes(root), sep="\n  ")
+    else: print("Recipes, started with `looper run RECIPE`:", *_recipe_lines(root), sep="\n")
 
 def _add_run(commands):
-    run = _add_command(commands, "run", _run, "run the phases of a recipe",
-                       "Run the phases of a recipe in order; without a recipe, list them.")
+    run = _add_command(commands, "run", _run, "run the phases of a recipe; without a recipe, list all recipes",
+                       "Run the phases of a recipe in order. Without a recipe, list all recipes with their purpose, "
+                       "minutes and hardware.")
     run.add_argument("recipe", nargs="?", help="a folder of nbs/recipes, such as pocket")
     run.add_argument("--run", default="", metavar="NAME", help="folder under outputs/ (default: the recipe's name)")
     run.add_argument("--from", default="", metavar="PHASE", help="first phase, such as 03; earlier ones must be done")
     run.add_argument("--to", default="", metavar="PHASE", help="last phase")
     run.add_argument("-p", action="append", default=[], metavar="PHASE.NAME=VALUE",
-                     help="set a parameter, such as 04_dpo.beta=0.05; may be repeated")
+                     help="set a parameter, such as 04_dpo.seed=7, or one entry of a dict parameter, such as "
+                          "04_dpo.trainer.beta=0.05 or 05_eval.models.mine=data/my-model; may be repeated")
 
 # %% ../nbs/lib/31_cli.ipynb #a0695880
 def _finished_run(name: str, root: Path) -> Path:

@@ -366,7 +366,7 @@ def test_a_finished_run_does_not_pay_for_it(monkeypatch):
     monkeypatch.setattr(runs, "check_settings", lambda run, todo, values: asked.append(todo) or {})
     for done in (lambda *_: True, lambda folder, phase, wanted: phase < "04"):
         monkeypatch.setattr(runs, "is_done", done)
-        runs._checked(ROOT, ROOT / "outputs" / RUN, "smoke", list(phases), values)
+        runs._check_all(ROOT, ROOT / "outputs" / RUN, "smoke", list(phases), values)
     assert asked == [[], ["04_dpo", "05_eval"]]
     monkeypatch.undo()
     monkeypatch.setattr(runs.subprocess, "run", None)
