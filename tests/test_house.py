@@ -24,7 +24,7 @@ FLOORS = [
     {"eval_jobs", "heldout", "trajectories"},
     {"ask", "importing", "tables", "verdicts"},
     {"runs", "training", "ppo"},
-    {"dpo_trainer", "sampler"},
+    {"cli", "dpo_trainer", "sampler"},
     {"sft", "rollouts", "preferences", "dpo", "evaluation", "online_rl"},
 ]
 MODULES = sorted(p.stem for p in (ROOT / "looper_math").glob("[a-z]*.py"))
@@ -59,7 +59,7 @@ def test_imports_run_one_way(module):
     assert not wrong, f"{module} imports {wrong}, which stand beside or above it"
 
 
-LIGHT = ("answers", "launch", "ledger", "prompts", "ranges", "regime_w", "runs")
+LIGHT = ("answers", "cli", "launch", "ledger", "prompts", "ranges", "regime_w", "runs")
 
 
 @pytest.mark.parametrize("module", [m for m in LIGHT if m in MODULES])

@@ -21,7 +21,7 @@ import json, sys
 from pathlib import Path
 import looper_math
 assert "site-packages" in looper_math.__path__[0] and "public" in looper_math.__path__[0], looper_math.__path__
-from looper_math import ask, audit, cards, engines, evaluation, heldout, records, report, runs, serving
+from looper_math import ask, audit, cards, cli, engines, evaluation, heldout, records, report, serving
 assert records.ROOT == Path.cwd()
 for name in {PRIVATE}:
     try: __import__(f"looper_math.{{name}}")

@@ -7,7 +7,7 @@ import pytest
 from looper_math.prompts import arms, build_prompt
 from looper_math.records import ROOT
 from looper_math.regime_w import find_preset
-from looper_math.runs import assign, phases_of, read_recipe, recipes
+from looper_math.runs import about_recipe, assign, phases_of, read_recipe, recipes
 
 GSM8K = {"openai/gsm8k": 7473, "openai/gsm8k:test": 1319, "madrylab/gsm8k-platinum": 1209}
 
@@ -30,6 +30,15 @@ BIG = [r for r in recipes() if any(not str(v.get("base", "data/")).startswith("d
 
 
 def text(recipe, phase): return (ROOT / f"nbs/recipes/{recipe}/{phase}.yaml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("recipe", recipes())
+def test_every_recipe_says_what_it_is_for(recipe):
+    "And a time only where there was a measurement: none of the large ones has been run."
+    about = about_recipe(ROOT, recipe)
+    assert about, f"nbs/recipes/{recipe} needs an about.yaml; see lib/runs"
+    assert (about.minutes == "not run") == (about.group == "large") == (recipe in BIG)
+    assert len(f"{about.hardware:<20}  {about.purpose}") <= 110
 
 
 @pytest.mark.parametrize("recipe", recipes())

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import small
 
-from looper_math import launch, records, runs
+from looper_math import cli, launch, records, runs
 from looper_math.records import ROOT, SettingsError, settings
 
 INF, NAN = math.inf, math.nan
@@ -339,7 +339,7 @@ def test_every_recipe_is_in_range(recipe):
 
 
 def test_the_command_line_does_not_wait_for_torch():
-    code = "import sys, looper_math.runs; sys.exit('torch' in sys.modules or 'datasets' in sys.modules)"
+    code = "import sys, looper_math.cli; sys.exit('torch' in sys.modules or 'datasets' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
@@ -378,7 +378,7 @@ def test_refused_before_the_first_phase(case, capfd, monkeypatch):
     if case not in IN_A_PROCESS:
         monkeypatch.setattr(runs, "check_settings", build_here)
     with pytest.raises(SystemExit) as stop:
-        runs.looper(["run", recipe, "--run", RUN, "-p", flag])
+        cli.looper(["run", recipe, "--run", RUN, "-p", flag])
     err = capfd.readouterr().err
     assert stop.value.code == 2 and THROUGH[case] in err and "Traceback" not in err
     assert not (ROOT / "outputs" / RUN).exists()
@@ -400,7 +400,7 @@ def test_a_finished_run_does_not_pay_for_it(monkeypatch):
     monkeypatch.setattr(runs, "check_settings", lambda run, todo, values: asked.append(todo) or {})
     for done in (lambda *_: True, lambda folder, phase, wanted: phase < "04"):
         monkeypatch.setattr(runs, "is_done", done)
-        runs._checked(ROOT, ROOT / "outputs" / RUN, "smoke", list(phases), values)
+        runs._check_all(ROOT, ROOT / "outputs" / RUN, "smoke", list(phases), values)
     assert asked == [[], ["04_dpo", "05_eval"]]
     monkeypatch.undo()
     monkeypatch.setattr(runs.subprocess, "run", None)
