@@ -9,10 +9,10 @@ __all__ = ['REWARD_TERMS', 'SHOWN', 'PRESETS', 'word_overlap', 'Weights', 'rewar
 # %% ../nbs/00_regime_w.ipynb #49a329ee
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import combinations, product
 from math import comb
 from numbers import Integral
@@ -50,22 +50,21 @@ def word_overlap(a: str, b: str) -> float: # in [0, 1], 0 for two texts without 
 # %% ../nbs/00_regime_w.ipynb #fbf2f4aa
 _MISSING = object()
 
-def _field(trajectory, name: str, where: str):
-    "A field of a trajectory, which is a mapping or an object. Raises ValueError when it is missing."
-    is_mapping = isinstance(trajectory, Mapping)
-    value = trajectory.get(name, _MISSING) if is_mapping else getattr(trajectory, name, _MISSING)
+def _field(get: Callable, name: str, where: str):
+    "A field of a trajectory, read by `get(name, default)`. Raises ValueError when it is missing."
+    value = get(name, _MISSING)
     if value is _MISSING or (value is None and name != "answer"): raise ValueError(f"{where} has no {name!r}")
     return value
 
-def _text(trajectory, name: str, where: str) -> str:
+def _text(get: Callable, name: str, where: str) -> str:
     "A field that must be text."
-    value = _field(trajectory, name, where)
+    value = _field(get, name, where)
     if not isinstance(value, str): raise ValueError(f"{where}: {name!r} must be text, got {value!r:.60}")
     return value
 
-def _tokens(trajectory, where: str) -> int:
+def _tokens(get: Callable, where: str) -> int:
     "Number of model tokens; below 2**53, so that every JSON reader keeps it exactly."
-    value = _field(trajectory, "num_tokens", where)
+    value = _field(get, "num_tokens", where)
     if isinstance(value, Integral) and not isinstance(value, bool) and 0 <= value < 2**53: return int(value)
     raise ValueError(f"{where}: 'num_tokens' must be a whole number, 0 or more, got {value!r:.60}")
 
@@ -75,9 +74,9 @@ def _exact(answer) -> tuple[int, int] | None:
     value = parse_answer(answer)
     return None if value is None else value.as_integer_ratio()
 
-def _answer(trajectory, where: str) -> tuple[int, int] | None:
+def _answer(get: Callable, where: str) -> tuple[int, int] | None:
     "a_i of a trajectory. Raises ValueError when the field is missing, or neither text nor a number nor None."
-    value = _field(trajectory, "answer", where)
+    value = _field(get, "answer", where)
     try: return _exact(value)
     except TypeError: raise ValueError(f"{where}: an answer is text or a number, got {value!r:.60}") from None
 
@@ -99,10 +98,11 @@ class _Trajectory:
     def ledger(self) -> Ledger: return ledger(self.reasoning)
 
 def _read_one(trajectory, where: str, with_tokens: bool) -> _Trajectory:
-    "Read one trajectory. Raises ValueError that begins with `where`."
-    reasoning, arm = _text(trajectory, "reasoning", where), _text(trajectory, "arm_name", where)
-    answer, words = _answer(trajectory, where), _words(reasoning)
-    tokens = _tokens(trajectory, where) if with_tokens else None
+    "Read one trajectory, a mapping or an object. Raises ValueError that begins with `where`."
+    get = trajectory.get if isinstance(trajectory, Mapping) else partial(getattr, trajectory)
+    reasoning, arm = _text(get, "reasoning", where), _text(get, "arm_name", where)
+    answer, words = _answer(get, where), _words(reasoning)
+    tokens = _tokens(get, where) if with_tokens else None
     return _Trajectory(_PROBES.get(arm), answer, reasoning, frozenset(words), len(words), tokens)
 
 def _read(trajectories: Iterable, question: str, with_tokens: bool = False) -> list[_Trajectory]:
