@@ -562,6 +562,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
             'looper_math.prompts': { 'looper_math.prompts.Arm': ('lib/prompts.html#arm', 'looper_math/prompts.py'),
                                      'looper_math.prompts.Arm.__post_init__': ( 'lib/prompts.html#arm.__post_init__',
                                                                                 'looper_math/prompts.py'),
+                                     'looper_math.prompts._check_template': ('lib/prompts.html#_check_template', 'looper_math/prompts.py'),
                                      'looper_math.prompts._family': ('lib/prompts.html#_family', 'looper_math/prompts.py'),
                                      'looper_math.prompts.arms': ('lib/prompts.html#arms', 'looper_math/prompts.py'),
                                      'looper_math.prompts.build_prompt': ('lib/prompts.html#build_prompt', 'looper_math/prompts.py'),
