@@ -12,8 +12,8 @@ from pathlib import Path
 
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, HfApi, ModelCard, ModelCardData
 
-from .records import RecordWriter, SettingsError, iter_records, nearest, resolve
-from .report import clock, costs, located, manifests, summarise
+from .records import RecordWriter, SettingsError, iter_records, located, nearest, resolve
+from .report import clock, costs, manifests, summarise
 
 # %% ../nbs/lib/28_cards.ipynb #5e00ac8c
 def _bullets(parameters: dict, names: tuple) -> str:

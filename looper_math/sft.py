@@ -14,7 +14,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import SFTConfig
 
-from . import demonstrations, models, ranges, runs, training
+from . import demonstrations, launch, models, ranges, training
 from .data import OWN, check_source, load_questions
 from .records import Phase, existing, read_records, require, resolve, run_folder, write_json
 from .training import TrainingSettings
@@ -33,10 +33,12 @@ class SFTSettings(TrainingSettings):
     rollouts: str
     own_cap: int
     lora: dict
+    max_new_tokens: int
+    accelerate_config: str
 
     ALLOWED = TrainingSettings.ALLOWED | {
         "limit": ranges.COUNT, "marks": ("strip", "keep"), "targets": ("human", "self", "mixed"),
-        "own_cap": ranges.SIZE}
+        "own_cap": ranges.SIZE, "max_new_tokens": ranges.SIZE}
     CONFIG = SFTConfig
     FIXED = TrainingSettings.FIXED | dict.fromkeys(_ROWS, "rows are prompt and completion, with loss on the completion")
     LORA = {"r": ranges.Range(1, 1024), "lora_alpha": ranges.Range(1, 100_000), "lora_dropout": ranges.SHARE}
@@ -99,7 +101,3 @@ def main(s: SFTSettings):
     metrics = {"first_loss": float(log.loss.iloc[0]), "last_loss": float(log.loss.iloc[-1]), "heldout": result}
     files = [phase.folder/"seen.jsonl", phase.folder/"examples.json"]
     training.finish(phase, s, s.adapter, files, answers, counts, metrics)
-
-# %% ../nbs/01_sft.ipynb #d62aed4a
-#| eval: false
-if __name__ == "__main__": runs.worker(main, SFTSettings)

@@ -9,6 +9,7 @@ __all__ = ['SCHEDULERS', 'REPORTS', 'OURS', 'precision', 'TrainerOptions', 'read
            'evaluate_checkpoints', 'finish', 'verdict']
 
 # %% ../nbs/lib/16_training.ipynb #bfac8710
+import dataclasses
 import gc
 import importlib.util
 import math
@@ -89,12 +90,14 @@ class TrainerOptions:
 
     def option(self, name: str):
         "The value of an option: the parameter's, else the project's, else TRL's default."
-        return (OURS | self.trainer).get(name, getattr(self.CONFIG, name))
+        chosen, field = OURS | self.trainer, self.CONFIG.__dataclass_fields__[name]
+        default = field.default_factory if field.default is dataclasses.MISSING else lambda: field.default
+        return chosen[name] if name in chosen else default()
 
     @property
     def options(self) -> dict: # option → value
         "Those options that have a range, with the defaults of the project and of TRL."
-        return {name: self.option(name) for name in self.OPTIONS if hasattr(self.CONFIG, name)}
+        return {name: self.option(name) for name in self.OPTIONS if name in self.CONFIG.__dataclass_fields__}
 
     @property
     def seed(self) -> int: return self.option("seed")
@@ -155,17 +158,15 @@ class TrainingSettings(TrainerOptions):
     template: str                # layout of every prompt, with {question} and {instruction}, or chat for the base's own
     dev: str                     # held-out questions, never trained on; empty for none
     dev_limit: int               # only so many of them
-    max_new_tokens: int          # of a held-out answer
     keep: str                    # last, or best: the epoch with the most correct held-out answers
     dtype: str                   # of the base's weights: auto, float32, float16 or bfloat16
     load_in_4bit: bool           # the base's weights in four bits, by bitsandbytes
     kernels: bool                # layer kernels from the hub, Liger's among them, by the package kernels on a GPU
     trainer: dict                # options of the phase's TRL config class, by their names there
     n_gpu: int                   # processes; 0 and 1 train in this kernel
-    accelerate_config: str       # an accelerate file for FSDP or several hosts, empty for plain data parallelism
 
-    ALLOWED = {"base": ranges.BASE, "dev_limit": ranges.COUNT, "max_new_tokens": ranges.SIZE, "keep": ("last", "best"),
-               "n_gpu": ranges.PROCESSES}
+    accelerate_config = ""       # a parameter of those phases that accelerate can start
+    ALLOWED = {"base": ranges.BASE, "dev_limit": ranges.COUNT, "keep": ("last", "best"), "n_gpu": ranges.PROCESSES}
 
     def __post_init__(self):
         ranges.check_values(self, self.ALLOWED)
