@@ -9,7 +9,6 @@ __all__ = ['SCHEDULERS', 'REPORTS', 'OURS', 'precision', 'TrainerOptions', 'read
            'evaluate_checkpoints', 'finish', 'verdict']
 
 # %% ../nbs/lib/16_training.ipynb #bfac8710
-import dataclasses
 import gc
 import importlib.util
 import math
@@ -18,7 +17,7 @@ import shutil
 import struct
 import typing
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
@@ -91,8 +90,8 @@ class TrainerOptions:
     def option(self, name: str):
         "The value of an option: the parameter's, else the project's, else TRL's default."
         chosen, field = OURS | self.trainer, self.CONFIG.__dataclass_fields__[name]
-        default = field.default_factory if field.default is dataclasses.MISSING else lambda: field.default
-        return chosen[name] if name in chosen else default()
+        if name in chosen: return chosen[name]
+        return field.default if field.default is not MISSING else field.default_factory()
 
     @property
     def options(self) -> dict: # option → value
