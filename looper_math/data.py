@@ -207,7 +207,7 @@ def _check_thinking(prompt: str, completion: str):
     opened, closed = text.count(THINK_START), text.count(THINK_END)
     if opened != closed:
         raise DataError(f"a solution has {opened} {THINK_START} and {closed} {THINK_END}, including the template's: "
-                        f"{completion[:60]!r}. Make the rollouts with the template that is used for training")
+                        f"{completion[:60]!r}. Make the rollouts under the template of the training")
 
 def own_solutions(records: list[dict], # rollout records
                   cap: int = 4, # most solutions of one question
