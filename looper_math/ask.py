@@ -22,8 +22,8 @@ from .answers import same_answer
 from .data import gold_answer, question_id
 from .ledger import equations
 from .prompts import TEMPLATE, build_prompt
-from .records import ROOT, SettingsError, nearest, read_json, require
-from .report import as_text, located
+from .records import ROOT, SettingsError, located, nearest, read_json, require
+from .report import as_text
 from .stats import plurality
 from .trajectories import requests_for, trajectory
 

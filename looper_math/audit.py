@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['REASONS', 'FINDINGS', 'LM_EVAL', 'field', 'read_log', 'echoed', 'shared_answers', 'unsafe_gold', 'announces',
-           'end_reason', 'cut_off', 'Rescored', 'rescore', 'Comparison', 'compare', 'contamination',
-           'contamination_table']
+           'end_reason', 'cut_off', 'Rescored', 'rescore', 'compare_logs', 'contamination', 'contamination_table']
 
 # %% ../nbs/lib/24_audit.ipynb #ebe9c26d
 import json
@@ -20,10 +19,10 @@ from pathlib import Path
 import pandas as pd
 
 from .answers import extract_answer, find_numbers, parse_answer, same_answer
-from .data import gold_answer, load_questions
+from .compare import Comparison, compare
+from .data import gold_answer, load_questions, question_key
 from .grading import VERDICTS, grade
 from .records import RecordError, nearest, resolve
-from .stats import Paired, bootstrap_interval, paired
 
 # %% ../nbs/lib/24_audit.ipynb #fee9ad85
 def _leaves(value, path: str = "", depth: int = 5) -> dict: # path → text, number, or what lies too deep
@@ -256,14 +255,12 @@ def _repeated(table: pd.DataFrame) -> list[int]:
     many = [g for _, g in wrong.groupby("answer") if len(g) >= max(4, len(wrong)/10) and g.gold.nunique() >= 3]
     return [int(i) for g in many for i in g.index]
 
-def _key(question: str) -> str: return " ".join(question.casefold().split())
-
 def _against(table: pd.DataFrame, reference: str) -> list[int]: # rows of the reference that the log lacks
     "Note in `found` where a log departs from the questions and golds that it should hold."
-    known = {_key(q["question"]): (k, q["gold_answer"]) for k, q in enumerate(load_questions(reference))}
-    held, last = set(table.question.map(_key)), -1
+    known = {question_key(q["question"]): (k, q["gold_answer"]) for k, q in enumerate(load_questions(reference))}
+    held, last = set(table.question.map(question_key)), -1
     for row in table.itertuples():
-        place, gold = known.get(_key(row.question), (None, None))
+        place, gold = known.get(question_key(row.question), (None, None))
         if place is None: row.found.append("unknown question")
         else:
             if not same_answer(gold, row.gold): row.found.append("gold differs from the reference")
@@ -330,7 +327,7 @@ def rescore(path, # a JSON-lines log, or its records as a DataFrame
     shared = shared_answers([r["completion"] for r in rows], [gold_answer(r["gold_text"]) for r in rows])
     table = pd.DataFrame([_audit(r, shared, instruction) for r in rows]).astype({v: bool for v in VERDICTS})
     if temperatures := _temperatures(records): table["temperature"] = temperatures
-    for found, twice in zip(table.found, table.question.map(_key).duplicated()):
+    for found, twice in zip(table.found, table.question.map(question_key).duplicated()):
         if twice: found.append("duplicate question")
     for i in _repeated(table): table.found[i].append("same wrong answer")
     missing = {"missing from the log": _against(table, reference)} if reference else {}
@@ -339,83 +336,15 @@ def rescore(path, # a JSON-lines log, or its records as a DataFrame
 # %% ../nbs/lib/24_audit.ipynb #445680ef
 LM_EVAL = {"question": "doc.question", "gold": "doc.answer", "completion": "resps[0][0]", "prompt": "arguments.gen_args_0.arg_0", "verdict": "exact_match"}
 
-# %% ../nbs/lib/24_audit.ipynb #5dfb49d6
-@dataclass(frozen=True)
-class Comparison:
-    "Two logs on the questions that both hold."
-    counts: Paired
-    a: str # name of the first log
-    b: str
-    changed: pd.DataFrame # questions that changed sides, with both completions; column `side` is gained or lost
-    findings: dict[str, list[int]] # what could not be paired or is suspect → row numbers
-
-    @property
-    def gained(self) -> int: return self.counts.gained
-    @property
-    def lost(self) -> int: return self.counts.lost
-    @property
-    def n(self) -> int: return self.counts.n
-    @property
-    def p(self) -> float: return self.counts.p
-    @property
-    def difference(self) -> float: return self.counts.difference
-    @property
-    def interval(self) -> tuple[float, float]: return self.counts.interval
-    @property
-    def bootstrap(self) -> tuple[float, float]: return bootstrap_interval(self.gained, self.lost, self.n)
-    @property
-    def sentence(self) -> str: return self.say()
-
-    def say(self, p: float | None = None) -> str: # `p` corrected for the other comparisons made
-        "The verdict, and what it leaves out."
-        left = "; ".join(f"{name}: {len(rows):,} rows" for name, rows in self.findings.items() if rows and name != "other order")
-        return self.counts.sentence(self.a, self.b, p) + (f" Beware: {left}." if left else "")
-
 # %% ../nbs/lib/24_audit.ipynb #4b52e3f9
-def _side(log, fields: dict) -> tuple[str, pd.DataFrame]: # a name, and one row a record with `question` and `correct`
-    "A log to be compared: a path, a `Rescored`, or a table that has verdicts already."
-    if isinstance(log, Rescored): return log.name, log.table
-    if not isinstance(log, pd.DataFrame): return _side(rescore(log, **fields), fields)
-    missing = ", ".join(c for c in ("question", "correct") if c not in log)
-    if missing: raise RecordError(f"a table to compare needs the columns question and correct; {missing} is missing")
-    return "", log
-
-def _check_pair(a: pd.DataFrame, b: pd.DataFrame, by: str):
-    "Refuse a verdict that one of them lacks, and greedy answers beside sampled ones."
-    both = [verdict for verdict in VERDICTS if verdict in a and verdict in b]
-    if by not in both: raise ValueError(f"by={by!r}: no verdict that both logs hold{nearest(str(by), both)}")
-    if "temperature" in a and "temperature" in b and set(a.temperature) != set(b.temperature):
-        raise ValueError(f"sampled at temperatures {sorted(set(a.temperature))} and {sorted(set(b.temperature))}: "
-                         "greedy and sampled answers are not compared")
-
-def compare(a, b, # paths of logs, which are scored again; what `rescore` made of them; or tables with `question` and `correct`
-            by: str = "correct", # one of `VERDICTS`
-            names: tuple[str, str] | None = None,
-            **fields # for paths, as `rescore` takes them
-           ) -> Comparison: # b against a
-    "Pair two logs by question; raises `ValueError` when they share none, lack `by`, or are greedy and sampled."
-    (name_a, a), (name_b, b) = _side(a, fields), _side(b, fields)
-    _check_pair(a, b, by)
-    key_a, key_b = a.question.map(_key), b.question.map(_key)
-    once_a, once_b = a[~key_a.duplicated()].set_index(key_a[~key_a.duplicated()]), b[~key_b.duplicated()].set_index(key_b[~key_b.duplicated()])
-    both = [k for k in once_a.index if k in once_b.index]
-    if not both: raise ValueError(f"the logs share no question: {len(a)} and {len(b)} rows. Are they logs of the same test set?")
-    x, y = once_a.loc[both], once_b.loc[both]
-    changed = pd.DataFrame({"side": ["gained" if g else "lost" for g in y[by]], "question": x.question, **{c: x[c] for c in ("gold",) if c in x},
-                            **{f"{c} {w}": t[c] for c in ("completion",) for w, t in (("before", x), ("after", y)) if c in t}})[x[by].astype(bool) != y[by].astype(bool)]
-    name_a, name_b = names or (name_a or "a", name_b or "b")
-    return Comparison(paired(x[by], y[by]), name_a, name_b, changed.reset_index(drop=True), _unpaired(a, b, key_a, key_b, name_a, name_b))
-
-def _unpaired(a, b, key_a, key_b, name_a: str, name_b: str) -> dict[str, list[int]]:
-    "What keeps two logs from being two answers to the same questions."
-    rows = lambda mask: [int(i) for i, m in enumerate(mask) if m]
-    place = {k: i for i, k in enumerate(key_a)}
-    places = [place[k] for k in key_b if k in place]
-    golds = dict(zip(key_a, a.gold)) if "gold" in a and "gold" in b else {}
-    found = {f"missing from {name_b}": rows(~key_a.isin(key_b)), f"missing from {name_a}": rows(~key_b.isin(key_a)),
-             f"twice in {name_a}": rows(key_a.duplicated()), f"twice in {name_b}": rows(key_b.duplicated()),
-             "gold differs": [i for i, (k, g) in enumerate(zip(key_b, b.gold if golds else key_b)) if golds and k in golds and not same_answer(golds[k], g)]}
-    return found | {"other order": [] if places == sorted(places) else rows(k in place for k in key_b)}
+def compare_logs(a, b, # paths of logs, which are scored again; or what `rescore` made of them
+                 by: str = "correct", # one of `VERDICTS`
+                 names: tuple[str, str] | None = None, # by default those of the logs
+                 **fields # for paths, as `rescore` takes them
+                ) -> Comparison: # b against a
+    "Pair two logs by question; raises what `rescore` and `compare.compare` raise."
+    logs = [log if isinstance(log, Rescored) else rescore(log, **fields) for log in (a, b)]
+    return compare(*(log.table for log in logs), by, names or tuple(log.name for log in logs))
 
 # %% ../nbs/lib/24_audit.ipynb #21de1781
 _TOKEN = re.compile(r"[0-9]+(?:[.,][0-9]+)*|\w+")

@@ -14,16 +14,18 @@ from looper_math.runs import assign, parameters_of, phases_of, read_recipe, reci
 # each other.
 FLOORS = [
     {"answers", "records"},
-    {"ledger", "prompts", "ranges", "stats"},
-    {"regime_w", "grading", "data"},
-    {"audit", "pocket"},
+    {"launch", "ledger", "prompts", "ranges", "shards", "stats"},
+    {"regime_w", "grading", "data", "eval_models"},
+    {"compare", "pocket"},
+    {"audit"},
     {"models", "report"},
     {"decoding"},
     {"serving"},
     {"cards", "criteria", "engines", "show"},
-    {"heldout", "trajectories"},
-    {"ask"},
+    {"eval_jobs", "heldout", "trajectories"},
+    {"ask", "importing", "tables", "verdicts"},
     {"runs", "training", "ppo"},
+    {"cli", "dpo_trainer", "sampler"},
     {"sft", "rollouts", "preferences", "dpo", "evaluation", "online_rl"},
 ]
 MODULES = sorted(p.stem for p in (ROOT / "looper_math").glob("[a-z]*.py"))
@@ -58,7 +60,7 @@ def test_imports_run_one_way(module):
     assert not wrong, f"{module} imports {wrong}, which stand beside or above it"
 
 
-LIGHT = ("answers", "ledger", "prompts", "ranges", "regime_w", "runs")
+LIGHT = ("answers", "cli", "launch", "ledger", "prompts", "ranges", "regime_w", "runs")
 
 
 @pytest.mark.parametrize("module", [m for m in LIGHT if m in MODULES])

@@ -52,7 +52,7 @@ def test_their_log_is_audited(samples, ours):
     "`rescore` reads lm-eval's log as it is, and agrees with its verdicts."
     log, _ = samples
     for name in ("strict-match", "flexible-extract"):
-        again = evaluation.rescore(log, where={"filter": name}, reference="", **audit.LM_EVAL)
+        again = audit.rescore(log, where={"filter": name}, reference="", **audit.LM_EVAL)
         assert again.accuracy == (sum(r["correct"] for r in ours), N)
         assert {k: v for k, v in again.findings.items() if v} == {}, again.sentence
 
