@@ -675,6 +675,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                    'looper_math/regime_w.py'),
                                       'looper_math.regime_w._mean_jaccard': ('regime_w.html#_mean_jaccard', 'looper_math/regime_w.py'),
                                       'looper_math.regime_w._metrics': ('regime_w.html#_metrics', 'looper_math/regime_w.py'),
+                                      'looper_math.regime_w._parts': ('regime_w.html#_parts', 'looper_math/regime_w.py'),
                                       'looper_math.regime_w._quality': ('regime_w.html#_quality', 'looper_math/regime_w.py'),
                                       'looper_math.regime_w._read': ('regime_w.html#_read', 'looper_math/regime_w.py'),
                                       'looper_math.regime_w._read_one': ('regime_w.html#_read_one', 'looper_math/regime_w.py'),
