@@ -150,7 +150,7 @@ def _mean_jaccard(pairs: Iterable[tuple[_Trajectory, _Trajectory]]) -> float | N
     values = [a.jaccard[b] for a, b in pairs]
     return fmean(values) if values else None
 
-def _s_path_overlap(trajectories: list[_Trajectory], w) -> float:
+def _s_path_overlap(trajectories: list[_Trajectory], w: "Weights") -> float:
     """s_path of `platinum-11`: w.length·L + w.overlap·J, in [0, 1]; 0 for texts without words.
 
     L = 1/(1 + var/mean) of the word counts, which is mean/(mean + var). J is the mean Jaccard index of all pairs, 1 for
@@ -164,7 +164,7 @@ def _s_path_overlap(trajectories: list[_Trajectory], w) -> float:
     if A_A_prime is not None: J = (1 - w.paraphrase) * J + w.paraphrase * A_A_prime
     return w.length * L + w.overlap * J
 
-def _s_path_length(trajectories: list[_Trajectory], w) -> float:
+def _s_path_length(trajectories: list[_Trajectory], w: "Weights") -> float:
     "s_path of `guide-8`: max(0, 1 − var/mean²) of the word counts; 0 for texts without words. Uses no weight."
     mean, var = _mean_and_variance([t.length for t in trajectories])
     return max(0.0, 1 - var / mean**2) if mean else 0.0
@@ -335,7 +335,7 @@ def _lift(others: list[_Trajectory], s_wm: float, preset: Preset) -> float:
     "s_wm of the set minus s_wm of the others, the set without the trajectory."
     return s_wm - _s_wm(*_parts(others, preset), preset.weights)
 
-def _fit(t: _Trajectory, trajectories: list[_Trajectory], s_wm: float, preset: Preset) -> dict[str, float | int | None]:
+def _unlabelled_signals(t: _Trajectory, trajectories: list[_Trajectory], s_wm: float, preset: Preset) -> dict:
     "The signals of a trajectory that need no gold answer; in a set of one only those of the ledger have a value."
     share, others = t.ledger.share, [o for o in trajectories if o is not t]
     signals = dict(support=None, centrality=None, coherence=None, lift=None)
@@ -355,12 +355,12 @@ def _gold(question: str, gold) -> tuple[int, int]:
     return value
 
 def _signals(t: _Trajectory, trajectories: list[_Trajectory], correct: list[_Trajectory], s_wm: float,
-             preset: Preset) -> dict[str, float | int | None]:
+             preset: Preset) -> dict:
     "All signals of a trajectory; None for one without a value."
     excess = max(0, t.tokens - preset.weights.free_tokens)
     agreement = float(len(correct) == len(trajectories))
     terms = dict(correct=float(t in correct), s_wm=s_wm, agreement=agreement, excess_tokens=float(excess))
-    return terms | _quality(t, trajectories, correct, preset) | _fit(t, trajectories, s_wm, preset)
+    return terms | _quality(t, trajectories, correct, preset) | _unlabelled_signals(t, trajectories, s_wm, preset)
 
 def score_rollout(
     trajectories: Iterable, # mappings or objects with arm_name, reasoning, answer and num_tokens
@@ -395,4 +395,4 @@ def score_unlabelled(
     "Metrics and the signals that need no gold answer. Raises ValueError like `score_question`."
     preset, read = find_preset(preset), _read(trajectories, question)
     metrics = _metrics(read, preset)
-    return metrics, [_fit(t, read, metrics["s_wm"], preset) for t in read]
+    return metrics, [_unlabelled_signals(t, read, metrics["s_wm"], preset) for t in read]
