@@ -15,7 +15,7 @@ parser.read("settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 
 # _modidx names the functions of every module, so it goes too.
-PRIVATE = ("regime_w", "rollouts", "preferences", "online_rl", "criteria", "_modidx")
+PRIVATE = ("regime_w", "rollouts", "pairs", "preferences", "online_rl", "criteria", "_modidx")
 public = os.environ.get("LOOPER_WITHOUT_REGIME_W") == "1"
 
 # The second part of the README describes the private repository.

@@ -21,7 +21,7 @@ FLOORS = [
     {"decoding"},
     {"serving"},
     {"cards", "criteria", "engines", "show"},
-    {"heldout", "trajectories"},
+    {"heldout", "pairs", "trajectories"},
     {"ask"},
     {"runs", "training", "ppo"},
     {"sft", "rollouts", "preferences", "dpo", "evaluation", "online_rl"},

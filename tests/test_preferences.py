@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given, strategies as st
 
 from looper_math import records
-from looper_math.preferences import CHOICES, PreferenceSettings, build_pairs, build_pairs_report, compare_policies, inertness_audit, main, open_phase, pair_table, read_rollouts
+from looper_math.pairs import (
+    CHOICES,
+    build_pairs,
+    build_pairs_report,
+    compare_policies,
+    inertness_audit,
+    pair_table,
+    read_rollouts,
+)
+from looper_math.preferences import PreferenceSettings, main, open_phase
 from looper_math.prompts import arms, build_prompt
 from looper_math.records import RecordError, RunConflict, SettingsError
 from looper_math.regime_w import PRESETS, score_records

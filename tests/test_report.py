@@ -4,7 +4,7 @@ import random
 import pytest
 
 from looper_math import criteria
-from looper_math.preferences import build_pairs_report, reward_terms
+from looper_math.pairs import build_pairs_report, reward_terms
 from looper_math.prompts import arms, build_prompt
 from looper_math.records import RecordWriter, write_json
 from looper_math.regime_w import PRESETS, find_preset, score_records
