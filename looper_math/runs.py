@@ -632,16 +632,17 @@ def run_recipe(recipe: str, # a folder of `nbs/recipes`
             changed = {n: asked[n] for n, p in phases[phase].items() if asked[n] != p.default or n == "run"}
             label = f"[{k}/{len(phases)}] {phase:<{max(map(len, phases))}}"
             _run_phase(root, folder, phase, changed, state, label)
-        return _close(folder, list(phases), time.time() - start)
+        return _close(folder, time.time() - start)
 
-def _close(folder: Path, phases: list[str], seconds: float) -> dict | None:
-    "Write the summary and the report, and print the ladder, once the evaluation is done."
-    from looper_math import criteria, report  # slow imports, and a refusal needs neither
+def _close(folder: Path, seconds: float) -> dict | None:
+    "Write the summary and the report, and print the accuracies, once the evaluation is done."
+    from looper_math import report  # a slow import, and a refusal does not need it
     summary = report.summarise(folder) if is_done(folder, "05_eval") else None
     if summary:
         write_json(folder/"summary.json", summary)
-        _write_text(folder/"report.html", report.report_page(folder, phases, criteria.criteria(folder)))
-        print(f"\n{report.as_text(report.ladder(summary))}\n\nreport  {_short(folder/'report.html')}\nnumbers {_short(folder/'summary.json')}")
+        page = report.write_report(folder)
+        print(f"\n{report.accuracies(summary).to_string(index=False)}\n")
+        print(f"report  {_short(page)}\nnumbers {_short(folder/'summary.json')}")
     print(f"{report.clock(seconds)} in all")
     return summary
 
@@ -662,9 +663,10 @@ def _compare_command(args, root: Path):
     "`looper compare`."
     from looper_math import report
     a, b = (_done(name, root) for name in (args.run_a, args.run_b))
-    try: rows, sentences = report.compare_runs(a, b)
+    try: table, sentences = report.compare_runs(a, b)
     except ValueError as e: raise Refused(str(e)) from None
-    print(report.as_text(report.differing_parameters(a, b)), report.as_text(rows), "\n".join(sentences), sep="\n\n")
+    tables = [t.to_string(index=False) for t in (report.differing_parameters(a, b), table) if len(t)]
+    print(*tables, "\n".join(sentences), sep="\n\n")
 
 def _card_command(args, root: Path):
     "`looper card`."
