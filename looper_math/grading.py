@@ -15,7 +15,7 @@ from functools import lru_cache
 import math_verify
 import pandas as pd
 
-from .answers import extract_answer, format_answer, parse_answer, said, same_answer, with_thought
+from .answers import after_thinking, extract_answer, format_answer, parse_answer, same_answer, with_thought
 from .ledger import equations
 from .stats import maj_at_k, mean_interval, pass_at_k
 
@@ -58,7 +58,7 @@ def grade(text: str, # a completion, without its prompt
           prompt: str = "" # what was completed, where it is known: it may have opened a thought
          ) -> dict: # answer and answer_strict as canonical text or None, and the fields of `VERDICTS`
     "Everything that the graders say about one completion; of a reasoning model's, about what it says when it has thought."
-    text = said(with_thought(prompt, text))
+    text = after_thinking(with_thought(prompt, text))
     flexible, strict = (extract_answer(text, mode) for mode in ("flexible", "strict"))
     value = parse_answer(gold)
     known = value is not None

@@ -33,7 +33,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
-from .answers import THOUGHT, opens_thought
+from .answers import THINK_END, opens_thought
 from .records import ROOT, read_json, require, resolve, sha256, verify_output, write_json
 
 # %% ../nbs/lib/11_models.ipynb #a0b38b6b
@@ -185,8 +185,8 @@ def prompt_template(base: str, # hub name or folder
     require("strftime_now" not in str(tokenizer.chat_template), f"template chat: the chat template of {base} writes today's date, so a run that goes on tomorrow would ask in other words; give the layout with a date in it: {whole!r}")
     layout = next((t for t in (whole.removeprefix(tokenizer.bos_token or ""), whole) if tokenizer(t).input_ids == ids), None)
     require(layout is not None, f"template chat: the tokenizer of {base} makes other tokens of the text of its chat template than the template itself: {whole!r}; give a layout in words")
-    shown = tokenizer.decode(tokenizer(THOUGHT, add_special_tokens=False).input_ids, skip_special_tokens=True)
-    require(not opens_thought(layout) or THOUGHT in shown, f"template chat: {base} opens a thought, and its tokenizer leaves {THOUGHT} out of decoded text, so no answer could be told from the thought; mark that token as not special in tokenizer.json")
+    shown = tokenizer.decode(tokenizer(THINK_END, add_special_tokens=False).input_ids, skip_special_tokens=True)
+    require(not opens_thought(layout) or THINK_END in shown, f"template chat: {base} opens a thought, and its tokenizer leaves {THINK_END} out of decoded text, so no answer could be told from the thought; mark that token as not special in tokenizer.json")
     return layout
 
 # %% ../nbs/lib/11_models.ipynb #a13aaca8

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import pandas as pd
 from tqdm.auto import tqdm
 
-from . import engines, models, prompts, regime_w, runs, show
+from . import engines, launch, models, prompts, regime_w, show
 from .answers import parse_answer, with_thought
 from .audit import REASONS, cut_off, end_reason
 from .data import gold_answer, load_questions, question_id
@@ -161,7 +161,7 @@ def main(s: RolloutSettings):
 def _generated(s: RolloutSettings) -> list[dict]:
     "The records of all questions, in their order: those that are there, and those that are still to be made."
     gather(s)
-    runs.launch("looper_math.rollouts", s, n_gpu=s.n_gpu)
+    launch.launch("looper_math.rollouts", s, n_gpu=s.n_gpu)
     found, questions = gather(s), [q["question_id"] for c in _chunks(s) for q in c]
     if missing := [q for q in questions if q not in found]:
         raise RecordError(f"{s.folder}: {len(missing)} of {len(questions)} questions have no record, {missing[0]} for one; run the phase again to make them")
@@ -379,10 +379,6 @@ def run_phase(s: RolloutSettings) -> dict: # the manifest
 def table(records) -> pd.DataFrame: # one row a trajectory
     "Trajectories as a table: their fields, their signals, and their question's metrics."
     return pd.DataFrame([{"question_id": r["question_id"], **r["metrics"], **t["signals"], **{k: v for k, v in t.items() if k != "signals"}} for r in records for t in r["trajectories"]])
-
-# %% ../nbs/02_rollouts.ipynb #cb4c267a
-#| eval: false
-if __name__ == "__main__": runs.worker(main, RolloutSettings)
 
 # %% ../nbs/02_rollouts.ipynb #35f0d773
 def by_arm(rows: pd.DataFrame, what: str) -> pd.DataFrame: # columns name, k, n, low, high

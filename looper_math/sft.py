@@ -16,7 +16,7 @@ from peft import get_peft_model
 from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
-from . import heldout, models, runs, show, training
+from . import heldout, launch, models, show, training
 from .data import OWN, load_questions, own_solutions, training_rows
 from .records import Phase, RecordError, existing, read_json, read_records, require, resolve, run_folder, settings, write_json
 from .training import RowSettings
@@ -126,7 +126,3 @@ def main(s: SFTSettings):
     traced, found = training.look(s, {"base": None}, s.adapter, questions)
     counts = {"rows": len(rows), "tokens": int(seen.tokens.sum()), "trained_tokens": int(seen.trained.sum()), "cut_off": len(rows) - int(seen.ends.sum()), "updates": int(log.index[-1])}
     training.finish(phase, s, s.adapter, [phase.folder/"seen.jsonl", phase.folder/"examples.json"], traced, counts, {"first_loss": float(log.loss.iloc[0]), "last_loss": float(log.loss.iloc[-1]), "heldout": found})
-
-# %% ../nbs/01_sft.ipynb #d62aed4a
-#| eval: false
-if __name__ == "__main__": runs.worker(main, SFTSettings)

@@ -59,7 +59,7 @@ def test_missing_file_names_the_nearest(tmp_path):
 @pytest.fixture(autouse=True)
 def without_fetched_files(monkeypatch):
     "What `looper data` left under data/ is tested in test_fetch.py."
-    monkeypatch.setattr(data, "FETCHED", {})
+    monkeypatch.setattr(data, "HUB_FILES", {})
 
 
 def test_unknown_name_never_asks_the_network(monkeypatch):

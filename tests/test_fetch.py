@@ -16,14 +16,14 @@ SHARED = ROOT.parent / "shared/data"  # GSM8K where it was laid beside the proje
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     "Three small data sets instead of the hub's, and a project that has none of their files."
-    sizes = dict(zip(data.FETCHED, (4, 2, 1)))
-    monkeypatch.setattr(data, "FETCHED", {file: f._replace(questions=sizes[file]) for file, f in data.FETCHED.items()})
+    sizes = dict(zip(data.HUB_FILES, (4, 2, 1)))
+    monkeypatch.setattr(data, "HUB_FILES", {file: f._replace(questions=sizes[file]) for file, f in data.HUB_FILES.items()})
     monkeypatch.setattr(records, "ROOT", tmp_path)
     asked = []
 
     def load(name, config, split, revision=None):
         asked.append((name, config, split, revision))
-        n = next(f.questions for f in data.FETCHED.values() if (f.name, f.split) == (name, split))
+        n = next(f.questions for f in data.HUB_FILES.values() if (f.name, f.split) == (name, split))
         rows = [{"question": f"How many are {i} {name} {split}?", "answer": f"#### {i}"} for i in range(n)]
         return [row | {"cleaning_status": "consensus"} for row in rows]
 
@@ -63,7 +63,7 @@ def test_data_is_fetched_once_and_verified(hub, tmp_path, capsys, monkeypatch):
     no_hub(monkeypatch)
     looper(["data"], tmp_path)
     assert capsys.readouterr().out.count(", there") == 3
-    assert sorted(p.name for p in (tmp_path / "data").iterdir()) == sorted(data.FETCHED)
+    assert sorted(p.name for p in (tmp_path / "data").iterdir()) == sorted(data.HUB_FILES)
 
 
 def test_a_folder_of_ones_own(hub, tmp_path, capsys):
@@ -134,7 +134,7 @@ def test_hub_names_are_read_from_the_files(hub, tmp_path, monkeypatch):
 @pytest.mark.skipif(not (SHARED / "gsm8k_train.jsonl").exists(), reason="GSM8K does not lie beside the project")
 def test_the_real_files(monkeypatch):
     no_hub(monkeypatch, AssertionError("asked the hub"))
-    assert {path.name: how for path, how in data.fetch(SHARED).items()} == dict.fromkeys(data.FETCHED, "there")
+    assert {path.name: how for path, how in data.fetch(SHARED).items()} == dict.fromkeys(data.HUB_FILES, "there")
 
 
 # --- merging

@@ -6,8 +6,8 @@ from conftest import RUN, kill_when, small, start
 from safetensors.torch import load_file
 
 from looper_math import online_rl, training
+from looper_math.launch import launch
 from looper_math.records import read_json, run_folder
-from looper_math.runs import launch
 
 SHARED = dict(arm_set="guide-8", limit=8, batch_size=2, accumulation=1, save_every=2, max_new_tokens=60, mixed_precision="no", dev_limit=8)
 

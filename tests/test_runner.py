@@ -14,7 +14,7 @@ import nbformat
 import papermill
 import pytest
 
-from looper_math import runs
+from looper_math import launch, records, runs
 from looper_math.records import RunConflict, SettingsError
 from looper_math.runs import PhaseFailed, Refused, looper, run_recipe
 
@@ -425,8 +425,8 @@ import os, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 os.environ["PYTHONPATH"] = {str(Path(__file__).parent)!r} + os.pathsep + os.environ.get("PYTHONPATH", "")
 import tiny_phase
-from looper_math import runs
-runs.launch("tiny_phase", tiny_phase.Settings(str(phase.folder), wait=60.), n_gpu=2)"""
+from looper_math import launch
+launch.launch("tiny_phase", tiny_phase.Settings(str(phase.folder), wait=60.), n_gpu=2)"""
     write_phase(fresh, "01_numbers", *PHASES["01_numbers"][:2], "{}", body)
     token = uuid.uuid4().hex
     p = popen(fresh, token=token)
@@ -442,11 +442,11 @@ def test_what_is_kept_of_an_evaluation(tmp_path):
     "Whole lines of final, gathered and unfinished files; a line that was cut off does not count."
     folder = tmp_path / "05_eval"
     folder.mkdir()
-    assert runs.kept(folder) == "nothing of 05_eval is kept"
+    assert records.saved_work(folder) == "nothing of 05_eval is kept"
     written = {"test-sft.jsonl": 700, "test-dpo.part": 300, "test-dpo.shard-0": 4, "hard-dpo-samples.shard-1": 1}
     for name, lines in written.items():
         (folder / name).write_text("{}\n" * lines + '{"cut')
-    assert runs.kept(folder) == "1,005 answers are kept"
+    assert records.saved_work(folder) == "1,005 answers are kept"
 
 
 def test_a_closed_pipe(fresh):
@@ -613,19 +613,25 @@ def tiny_phase(monkeypatch):
 
 
 def test_launch_two_processes(tiny_phase, tmp_path, capsys):
-    runs.launch("tiny_phase", tiny_phase.Settings(str(tmp_path)), n_gpu=2)
+    launch.launch("tiny_phase", tiny_phase.Settings(str(tmp_path)), n_gpu=2)
     assert [(tmp_path / f"rank{r}").read_text() for r in (0, 1)] == ["3.0", "3.0"]
     assert "rank 0 of 2 is done" in capsys.readouterr().out
 
 
 def test_launch_fails_with_the_tail(tiny_phase, tmp_path):
     with pytest.raises(RuntimeError, match="(?s)ended with exit code 1; its last lines.*rank 1 broke"):
-        runs.launch("tiny_phase", tiny_phase.Settings(str(tmp_path), fail=True), n_gpu=2)
+        launch.launch("tiny_phase", tiny_phase.Settings(str(tmp_path), fail=True), n_gpu=2)
 
 
 def test_too_few_processes_are_noticed(tiny_phase, tmp_path):
     "An accelerate configuration that says two and starts one."
     config = tmp_path / "accelerate.yaml"
     config.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nnum_machines: 1\nnum_processes: 2\nuse_cpu: true\n")
-    with pytest.raises(RuntimeError, match="2 processes were asked for and 1 started"):
-        runs.launch("tiny_phase", tiny_phase.Settings(str(tmp_path)), accelerate_config=str(config))
+    with pytest.raises(RuntimeError, match="2 processes were expected and 1 started"):
+        launch.launch("tiny_phase", tiny_phase.Settings(str(tmp_path)), accelerate_config=str(config))
+
+
+def test_launch_by_an_accelerate_file(tiny_phase, tmp_path):
+    "Eight processes, as the file for eight GPUs says; here they share the CPU."
+    launch.launch("tiny_phase", tiny_phase.Settings(str(tmp_path)), accelerate_config="nbs/accelerate/fsdp-8.yaml")
+    assert [(tmp_path / f"rank{r}").read_text() for r in range(8)] == ["36.0"] * 8

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import small
 
-from looper_math import records, runs
+from looper_math import launch, records, runs
 from looper_math.records import ROOT, SettingsError, settings
 
 INF, NAN = math.inf, math.nan
@@ -274,12 +274,12 @@ def test_a_broken_accelerate_file(tmp_path, text, message):
 def test_processes_need_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    runs.check_processes(2)
-    runs.check_processes(8, "nbs/accelerate/fsdp-8.yaml")
+    launch.check_processes(2)
+    launch.check_processes(8, "nbs/accelerate/fsdp-8.yaml")
     with pytest.raises(SettingsError, match="n_gpu must be at most 2, the GPUs of this host, got 8"):
-        runs.check_processes(8)
+        launch.check_processes(8)
     with pytest.raises(SettingsError, match="n_gpu must be at most 2"):
-        runs.launch("looper_math.sft", None, n_gpu=8)
+        launch.launch("looper_math.sft", None, n_gpu=8)
 
 
 # --- the table of the runner

@@ -7,8 +7,8 @@ from safetensors.torch import load_file
 
 from looper_math import dpo, sft, training
 from looper_math.data import load_questions
+from looper_math.launch import launch
 from looper_math.records import read_json, read_records, run_folder
-from looper_math.runs import launch
 
 ADAPTER = "adapter_model.safetensors"
 

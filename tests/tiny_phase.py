@@ -6,8 +6,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from looper_math.runs import worker
-
 
 @dataclass
 class Settings:
@@ -27,7 +25,3 @@ def main(settings):
     (Path(settings.folder) / f"rank{dist.get_rank()}").write_text(str(total.item()))
     print(f"rank {dist.get_rank()} of {dist.get_world_size()} is done")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    worker(main, Settings)
