@@ -16,7 +16,7 @@ import pandas as pd
 from IPython.display import HTML
 
 from .compare import compare
-from .records import ROOT, iter_records, read_json
+from .records import ROOT, flat, iter_records, read_json
 from .stats import holm, wilson
 
 # %% ../nbs/lib/27_report.ipynb #cb5b6056
@@ -155,10 +155,9 @@ def _answers(folder: Path) -> dict[str, Path]: # such as test-sft → its file
 
 def differing_parameters(a: Path, b: Path) -> pd.DataFrame: # columns parameter, and the name of each run
     "Parameters in which two runs differ, run name apart, as text."
-    of = lambda folder: {f"{phase}.{name}": value for phase, m in manifests(folder).items()
-                         for name, value in m["parameters"].items() if name != "run"}
+    of = lambda folder: flat({phase: flat(m["parameters"]) for phase, m in manifests(folder).items()})
     of_a, of_b = of(a), of(b)
-    names = [name for name in sorted({*of_a, *of_b}) if of_a.get(name) != of_b.get(name)]
+    names = [name for name in sorted({*of_a, *of_b}) if of_a.get(name) != of_b.get(name) and not name.endswith(".run")]
     rows = [(name, str(of_a.get(name, "")), str(of_b.get(name, ""))) for name in names]
     return pd.DataFrame(rows, columns=["parameter", a.name, b.name])
 

@@ -32,7 +32,7 @@ import yaml
 
 # %% ../nbs/lib/30_runs.ipynb #05033096
 from .launch import check_processes
-from .ranges import check_home, check_run, looks_local, named_files
+from .ranges import WITHOUT_EFFECT, check_home, check_run, looks_local, named_files
 from .records import ROOT, RecordError, RunConflict, SettingsError, located, nearest, read_json, require, resolve, saved_work, settings, sha256, verify_outputs, write_json
 
 # %% ../nbs/lib/30_runs.ipynb #8f02fcd7
@@ -299,7 +299,8 @@ def is_done(folder: Path, phase: str,
 # %% ../nbs/lib/30_runs.ipynb #f7c05c63
 def _changed(old: dict, new: dict, growing: tuple) -> list[str]:
     "Which parameters have another value than before, in words; of those that may grow, which members have."
-    pairs = [(n, old[n], v) for n, v in new.items() if n in old and n not in growing]
+    effective = lambda n, v: {k: x for k, x in v.items() if f"{n}.{k}" not in WITHOUT_EFFECT} if isinstance(v, dict) else v
+    pairs = [(n, old[n], effective(n, v)) for n, v in new.items() if n in old and n not in growing]
     dicts = [n for n in growing if isinstance(new.get(n), dict)]
     members = [(f"{n}.{key}", old[n][key], v) for n in dicts for key, v in new[n].items() if key in old.get(n, {})]
     return [f"{n} was {a!r}, now {b!r}" for n, a, b in pairs + members if a != b]
@@ -338,7 +339,7 @@ def _missing(phase: str, path: Path, folder: Path, chosen: list[str], values: di
     if maker not in values: return f"this recipe does not run {maker}"
     if maker not in chosen: return f"{maker} has not made it"
     if chosen.index(maker) >= chosen.index(phase): return f"{maker} makes it, and runs after {phase}"
-    if inside[:1] == ["control"] and not values[maker].get("control", True): return f"{maker}.control is False"
+    if inside[:1] == ["control"] and values[maker].get("control_cap") == 0: return f"{maker}.control_cap is 0"
     made = MADE.get(maker, inside[:1])
     return "" if inside and inside[0] in made else f"{maker} makes {' and '.join(made)}"
 
@@ -413,7 +414,7 @@ def check_across(chosen: list[str], values: dict[str, dict]) -> list[str]: # wha
     from looper_math import prompts
     sampled, paired, dpo = (values.get(phase, {}) for phase in ("02_rollouts", "03_preferences", "04_dpo"))
     if not sampled: return []
-    own = "04_dpo" in chosen and dpo["control"] and not dpo["rollouts"] and not sampled["import_from"]
+    own = "04_dpo" in chosen and dpo["control_cap"] and not dpo["rollouts"] and not sampled["import_from"]
     arms = [arm.name for arm in prompts.arms(sampled["arm_set"])]
     for name in dpo["control_arms"] if own else []:
         if name not in arms:

@@ -19,7 +19,7 @@ from trl import SFTConfig, SFTTrainer
 from . import heldout, launch, models, show, training
 from .data import OWN, load_questions, own_solutions, training_rows
 from .records import Phase, RecordError, existing, read_json, read_records, require, resolve, run_folder, settings, write_json
-from .training import RowSettings
+from .training import TrainingSettings
 
 # %% ../nbs/01_sft.ipynb #a551946a
 from . import ranges
@@ -27,7 +27,7 @@ from .data import check_source
 
 
 @dataclass
-class SFTSettings(RowSettings):
+class SFTSettings(TrainingSettings):
     "Parameters of phase 1; raises `SettingsError` on a value out of range."
     train: str
     limit: int
@@ -35,21 +35,28 @@ class SFTSettings(RowSettings):
     targets: str
     rollouts: str
     own_cap: int
-    rank: int
-    alpha: int
-    dropout: float
-    packing: bool
+    lora: dict
+    max_new_tokens: int
+    accelerate_config: str
 
-    ALLOWED = RowSettings.ALLOWED | {
+    ALLOWED = TrainingSettings.ALLOWED | {
         "limit": ranges.COUNT, "marks": ("strip", "keep"), "targets": ("human", "self", "mixed"),
-        "own_cap": ranges.SIZE, "rank": ranges.Range(1, 1024), "alpha": ranges.Range(1, 100_000),
-        "dropout": ranges.SHARE}
+        "own_cap": ranges.SIZE, "max_new_tokens": ranges.SIZE}
+    CONFIG = SFTConfig
+    FIXED = TrainingSettings.FIXED | dict.fromkeys(
+        ("completion_only_loss", "assistant_only_loss", "dataset_text_field", "dataset_kwargs", "chat_template_path",
+         "eos_token", "pad_token"), "the rows are prompts and completions, and the loss is on the completions alone")
+    LORA = {"r": ranges.Range(1, 1024), "lora_alpha": ranges.Range(1, 100_000), "lora_dropout": ranges.SHARE}
 
     def __post_init__(self):
         super().__post_init__()
+        ranges.check_options("lora", self.lora, {"r": int, "lora_alpha": int, "lora_dropout": float}, self.LORA)
         if self.targets != "self": check_source("train", self.train)
         require(self.targets == "human" or self.rollouts, f"targets {self.targets} are taken from rollouts: "
                                                           f"name a file of rollout records in rollouts")
+
+    @property
+    def packing(self) -> bool: return self.option("packing")
 
     @property
     def folder(self) -> Path: return run_folder(self.run)/"01_sft"
@@ -69,11 +76,12 @@ def sft_rows(s: SFTSettings) -> Dataset: # columns prompt and completion
 def make_trainer(s: SFTSettings, rows: Dataset) -> SFTTrainer:
     "TRL's trainer for a fresh adapter on the base."
     set_seed(s.seed)   # the trainer seeds itself too late for the adapter's first weights
-    model = get_peft_model(models.load_base(s.base, **s.loading), models.lora_config(s.rank, s.alpha, s.dropout))
-    arguments = lambda n: training.trainer_arguments(s, s.adapter, n) | s.batching
-    config = training.one_device(SFTConfig(**arguments(len(rows)), completion_only_loss=True, packing=s.packing))
+    lora = models.lora_config(s.lora["r"], s.lora["lora_alpha"], s.lora["lora_dropout"])
+    model = get_peft_model(models.load_base(s.base, **s.loading), lora)
+    config = training.trainer_config(SFTConfig, s, s.adapter, len(rows), completion_only_loss=True)
     trainer = SFTTrainer(model, args=config, train_dataset=rows, processing_class=models.load_tokenizer(s.base))
-    trainer.args.warmup_steps = arguments(len(trainer.train_dataset))["warmup_steps"]   # packed rows are fewer
+    packed = training.trainer_arguments(s, s.adapter, len(trainer.train_dataset)) # of fewer rows, where they are packed
+    trainer.args.warmup_steps = packed["warmup_steps"]
     return trainer
 
 # %% ../nbs/01_sft.ipynb #0768fe41
@@ -99,7 +107,7 @@ def check_rows(s: SFTSettings, seen: pd.DataFrame, rows: Dataset):
 # %% ../nbs/01_sft.ipynb #8e96d458
 def open_phase(s: SFTSettings) -> Phase:
     "Phase 1 of the run; refuses a folder that another configuration made."
-    return Phase("01_sft", s, existing(base=s.base, train=s.train, rollouts=s.rollouts, dev=s.dev), training.MACHINE)
+    return Phase("01_sft", s, existing(base=s.base, train=s.train, rollouts=s.rollouts, dev=s.dev), ranges.WITHOUT_EFFECT)
 
 def sources(s: SFTSettings) -> dict[str, list[dict]]: # file → its records
     "What the rows are made from."
@@ -123,6 +131,6 @@ def main(s: SFTSettings):
     if log is None: return   # not the first process
     seen.to_json(phase.folder/"seen.jsonl", orient="records", lines=True)
     write_json(phase.folder/"examples.json", examples)
-    traced, found = training.look(s, {"base": None}, s.adapter, questions)
+    traced, found = training.evaluate_checkpoints(s, {"base": None}, s.adapter, questions)
     counts = {"rows": len(rows), "tokens": int(seen.tokens.sum()), "trained_tokens": int(seen.trained.sum()), "cut_off": len(rows) - int(seen.ends.sum()), "updates": int(log.index[-1])}
     training.finish(phase, s, s.adapter, [phase.folder/"seen.jsonl", phase.folder/"examples.json"], traced, counts, {"first_loss": float(log.loss.iloc[0]), "last_loss": float(log.loss.iloc[-1]), "heldout": found})

@@ -39,7 +39,7 @@ def chat_ids(tokenizer, question):
 
 
 def test_a_training_row_is_the_templates_prompt_then_a_closed_thought_then_the_answer(reasoner, question):
-    s = sft.SFTSettings(**small("01_sft", base=reasoner, template="chat", limit=1, mixed_precision="no"))
+    s = sft.SFTSettings(**small("01_sft", base=reasoner, template="chat", limit=1, trainer={"bf16": False}))
     trainer = sft.make_trainer(s, sft.sft_rows(s))
     tokenizer, batch = trainer.processing_class, trainer.data_collator([trainer.train_dataset[0]])
     prompt, ids, labels = chat_ids(tokenizer, question), batch["input_ids"][0].tolist(), batch["labels"][0].tolist()

@@ -37,7 +37,7 @@ def finished(folder, preset, changes=None, losses=(.62, .48, .38), **sizes):
     arm_set = find_preset(preset).arm_set
     p = {"02_rollouts": ABEL | {"arm_set": arm_set, "limit": 20, "questions": "openai/gsm8k", "preset": preset},
          "03_preferences": {"policy": "all", "coherence": "best-worst", "threshold": .01, "cap": 4, "preset": preset},
-         "04_dpo": ABEL | {"epochs": 3, "learning_rate": 5e-5, "beta": .1, "loss": "sigmoid", "nll_weight": 0.},
+         "04_dpo": ABEL | {"beta": .1, "loss": "sigmoid", "nll_weight": 0.},
          "05_eval": ABEL | {"questions": "madrylab/gsm8k-platinum", "limit": 0, "models": {}}}
     p = {phase: values | (changes or {}).get(phase, {}) for phase, values in p.items()}
     scored = list(score_records(rollouts(arm_set, **sizes), preset))
@@ -51,6 +51,7 @@ def finished(folder, preset, changes=None, losses=(.62, .48, .38), **sizes):
               "sentence": "dpo scores 2.9 points higher than sft."}
     models = {"base": score(972), "sft": score(985), "dpo": score(1020)}
     metrics = {"03_preferences": reward_terms(scored, preset),
+               "04_dpo": {"trainer": {"num_train_epochs": 3, "learning_rate": 5e-5}},
                "05_eval": (test := {"models": models, "paired": {"dpo_vs_sft": change}}) |
                           {"sets": {"test": test}, "sampled": {}, "warnings": ["sft < base"]}}
     for phase, values in p.items():
