@@ -68,9 +68,9 @@ def finished(folder, preset, changes=None, losses=(.62, .48, .38), **sizes):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_verdict_has_number_expectation_and_source_and_every_fail_a_reason(tmp_path, preset):
     judged = finished(tmp_path / "run", preset)
-    assert list(judged) == ["verdict", "found", "expected", "source", "reason"]
+    assert list(judged) == ["verdict", "measured", "expected", "source", "reason"]
     assert set(judged.verdict) <= {"pass", "fail", "not measurable", "not applicable"}
-    assert judged.found.all() and judged.expected.all()
+    assert judged.measured.all() and judged.expected.all()
     assert set(judged.source) <= {"readme", "deployment guide", "pipeline guide", "core guide", "8B readme", "ours"}
     assert judged.reason[judged.verdict.isin(["fail", "not applicable"])].all()
     assert not judged.reason[judged.verdict == "pass"].any()
@@ -116,7 +116,7 @@ def test_accuracies_and_times_are_judged_on_the_documents_model_test_and_host_on
     judged = finished(tmp_path / "abel", "guide-8")
     verdicts = judged.verdict[["accuracy of base", "accuracy of dpo", "minutes of 04_dpo"]]
     assert verdicts.tolist() == ["fail", "pass", "pass"]
-    assert judged.found["accuracy of base"] == "80.4 % (78.1 to 82.5)"
+    assert judged.measured["accuracy of base"] == "80.4 % (78.1 to 82.5)"
     for model, gap in (("base", .04), ("sft", .53)):
         reason = f"{gap} points below, which chance alone may explain; 3 answers were cut off"
         assert judged.reason[f"accuracy of {model}"] == reason
@@ -153,7 +153,7 @@ def test_answers_behind_other_markers_are_counted_apart(tmp_path):
     path.write_text(path.read_text().replace("\\nAnswer: 7", "\\n#### 7", 3))
     row = criteria.criteria(tmp_path / "run").set_index("criterion").loc["answers in the form 'Answer: <number>'"]
     assert judged.verdict["answers in the form 'Answer: <number>'"] == "pass"
-    assert (row.verdict, row.found, row.reason) == ("fail", "157 of 160", "3 announced by #### or a box")
+    assert (row.verdict, row.measured, row.reason) == ("fail", "157 of 160", "3 announced by #### or a box")
 
 
 def test_pairs_under_another_preset_than_the_rollouts_follow_the_document_of_each(tmp_path):
