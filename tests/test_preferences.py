@@ -339,13 +339,14 @@ def files(s): return {p: p.read_bytes() for p in s.path.parent.glob("*")} if s.p
 
 def test_the_phase_writes_pairs_and_a_manifest_once(phase):
     pairs = main(phase)
-    assert pairs == records.read_records(phase.path) == build_pairs(pairing.read_rollouts(phase.rollouts), **phase.rules)
+    rollouts = pairing.read_rollouts(phase.rollouts)
+    assert pairs == records.read_records(phase.path) == build_pairs(rollouts, **phase.rules)
     counts, metrics = (open_phase(phase).manifest[k] for k in ("counts", "metrics"))
     assert counts["correctness"] + counts["coherence"] == len(pairs)
     assert metrics["weights"]["quality"] == .3 and "agreement" in metrics["limits"]
     before = files(phase)
     assert main(phase) == pairs and files(phase) == before
-    assert len(pairing.pair_table(pairs, pairing.read_rollouts(phase.rollouts))) == len(pairs)
+    assert len(pairing.pair_table(pairs, rollouts)) == len(pairs)
 
 
 def test_another_preset_scores_the_same_rollouts_anew(phase):
