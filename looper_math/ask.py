@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import pandas as pd
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from . import engines, models, prompts, show
@@ -23,7 +24,6 @@ from .data import gold_answer, question_id
 from .ledger import equations
 from .prompts import TEMPLATE, build_prompt
 from .records import ROOT, SettingsError, located, nearest, read_json, require
-from .report import as_text
 from .stats import plurality
 from .trajectories import requests_for, trajectory
 
@@ -255,7 +255,7 @@ def as_plain_text(a: Asked) -> str:
     texts = ["\n".join([f"{s['arm_name']} (temperature {s['temperature']:g})", *(f"    {line}" for line in s["full_text"].strip().splitlines())]) for s in told]
     rows = [_row(s, _shown(a)) for s in told]
     columns = list(rows[-1])   # an arm has all that the plain call has
-    table = as_text([columns] + [[row.get(name, "") for name in columns] for row in rows])
+    table = pd.DataFrame(rows, columns=columns).fillna("").to_string(index=False)
     return "\n\n".join([f"{a.model}\n{a.question}", *texts, table, "\n".join(verdicts(a))])
 
 # %% ../nbs/lib/29_ask.ipynb #eb81262a

@@ -22,7 +22,7 @@ FLOORS = [
     {"decoding"},
     {"serving"},
     {"cards", "criteria", "engines", "show"},
-    {"eval_jobs", "heldout", "trajectories"},
+    {"eval_jobs", "heldout", "pairs", "trajectories"},
     {"ask", "importing", "tables", "verdicts"},
     {"runs", "training", "ppo"},
     {"cli", "dpo_trainer", "sampler"},
