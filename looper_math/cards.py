@@ -26,10 +26,9 @@ def _results(summary: dict) -> str:
     said = [f"- {name}: {c['sentence']}" for name, s in summary["sets"].items() for c in s["paired"].values()]
     return "\n".join(["| set | model | right | accuracy |", "|---|---|---|---|", *lines, "", *summary["warnings"], *said])
 
-TOLD = {"01_sft": ("train", "targets", "learning_rate", "epochs", "batch_size", "seed"),
-        "04_dpo": ("loss", "beta", "nll_weight", "learning_rate", "epochs", "batch_size", "seed"),
-        "06_online_rl": ("algorithm", "temperature", "beta", "iterations", "learning_rate", "batch_size",
-                         "accumulation", "seed")} # phase → the parameters that a card tells
+_SIZES = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "seed")
+TOLD = {"01_sft": ("train", "targets", *_SIZES), "04_dpo": ("loss", "beta", "nll_weight", *_SIZES),
+        "06_online_rl": ("algorithm", "temperature", "beta", "iterations", *_SIZES)} # phase → the parameters that a card tells
 
 LICENCE = {"license": "other", "license_name": "all-rights-reserved"} # as the hub's metadata names a licence of one's own
 SIGNAL = "a proprietary multi-path coherence signal"
@@ -38,7 +37,7 @@ def _training(found: dict, source: str) -> tuple[str, str]: # a tag such as `dpo
     "How a model of a run was trained, by the phase whose folder it lies in; nothing for a model from elsewhere."
     phase = source.split("/")[0]
     if phase not in TOLD or phase not in found: return "", ""
-    parameters = found[phase]["parameters"]
+    parameters = found[phase]["parameters"] | found[phase]["metrics"].get("trainer", {})
     bullets = _bullets(parameters, TOLD[phase])
     private = phase == "06_online_rl" or (phase == "04_dpo" and "/control" not in source and "03_preferences" in found)
     if private: bullets = f"Trained with {SIGNAL}. At inference the model is called once; the signal is not used.\n\n{bullets}"

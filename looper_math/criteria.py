@@ -68,7 +68,10 @@ _CORE = _guide("core guide", pairs={"correctness": (1, None), "coherence": (1, N
     ("01_sft", 120, 180, 1), ("02_rollouts", 10, 15, 8), ("04_dpo", 30, 45, 8), ("05_eval", 10, 10, 1)))
 DOCUMENTS = {"platinum-11": _ELEVEN, "leave-one-out": _ELEVEN, "guide-8": _PIPELINE, "core-variants": _CORE} # by preset
 
-def _parameters(done: dict, phase: str) -> dict: return done[phase]["parameters"] if phase in done else {}
+def _parameters(done: dict, phase: str) -> dict:
+    "A phase's parameters with the options of its trainer, nothing for a phase that was not run."
+    manifest = done.get(phase, {"parameters": {}, "metrics": {}})
+    return manifest["parameters"] | manifest.get("metrics", {}).get("trainer", {})
 
 def _document(p: dict) -> Document:
     "The document that a phase follows, by the preset among its parameters."
@@ -255,7 +258,7 @@ def _epoch_losses(log: list[dict]) -> list[float]: # mean of each epoch
 
 def _fall_criterion(log: list[dict], p: dict) -> Criterion:
     "A loss that falls from epoch to epoch, or within the only one."
-    means, epochs = _epoch_losses(log), p["epochs"]
+    means, epochs = _epoch_losses(log), p["num_train_epochs"]
     third = max(1, len(log)//3)
     parts = means if epochs > 1 else [statistics.mean(h["loss"] for h in part) for part in (log[:third], log[-third:])]
     rises = [f"{a:.3f} → {b:.3f}" for a, b in zip(parts, parts[1:]) if b >= a]
@@ -356,14 +359,14 @@ def _evaluation_criteria(folder: Path, done: dict, doc: Document) -> list[Criter
 def _trajectory_criterion(p: dict, counts: dict) -> Criterion:
     "Questions times arms of an online run, for the recipe's limit and arm set."
     arms, limit = len(ARM_SETS[p["arm_set"]]), p["limit"] or counts["questions"]
-    full, n = limit*arms*p["epochs"], counts["trajectories"]
+    full, n = limit*arms*p["num_train_epochs"], counts["trajectories"]
     expected = f"{limit:,} questions x {arms} arms: {full:,}"
     reason = f"{counts['questions']:,} questions fill whole updates"
     return _judged("trajectories", n == full, f"{n:,}", expected, "8B readme", reason)
 
 def _online_criteria(done: dict) -> list[Criterion]:
     "Size, start, gain and honesty of online RL."
-    metrics, p = done["06_online_rl"]["metrics"], done["06_online_rl"]["parameters"]
+    metrics, p = done["06_online_rl"]["metrics"], _parameters(done, "06_online_rl")
     start, verdict = metrics["first_divergence"], metrics["hacking"]
     divergence = "no divergence without beta" if start is None else f"divergence {start:.2g} at the first update"
     return [_trajectory_criterion(p, done["06_online_rl"]["counts"]),

@@ -6,7 +6,6 @@
 __all__ = ['OnlineSettings', 'open_phase', 'grpo_config', 'make_trainer', 'count_samples', 'main']
 
 # %% ../nbs/06_online_rl.ipynb #5f1c4f01
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,69 +28,38 @@ class OnlineSettings(TrainingSettings):
     prompt: str
     preset: str
     weights: dict
-    temperature: float
-    beta: float
-    clip: float
-    iterations: int
-    scale_rewards: str
-    lam: float
-    value_weight: float
-    value_learning_rate: float
-    save_every: int
+    ppo: dict
 
-    ALLOWED = TrainingSettings.ALLOWED | {
-        "limit": ranges.COUNT, "algorithm": ("grpo", "ppo"), "arm_set": tuple(prompts.ARM_SETS),
-        "prompt": ("canonical", "arm"), "temperature": ranges.TEMPERATURE, "beta": ranges.WEIGHT,
-        "clip": ranges.Range(0, 1, above=True), "iterations": ranges.Range(1, 1000),
-        "scale_rewards": ("group", "batch", "none"), "lam": ranges.Range(0, 1), "value_weight": ranges.WEIGHT,
-        "value_learning_rate": ranges.LEARNING_RATE, "save_every": ranges.SIZE}
+    ALLOWED = TrainingSettings.ALLOWED | {"limit": ranges.COUNT, "algorithm": ("grpo", "ppo"),
+                                          "arm_set": tuple(prompts.ARM_SETS), "prompt": ("canonical", "arm")}
+    CONFIG = GRPOConfig
+    OPTIONS = TrainingSettings.OPTIONS | sampler.GRPO_OPTIONS
+    FIXED = {name: why for name, why in TrainingSettings.FIXED.items() if name != "save_steps"} | sampler.GRPO_FIXED
 
     def __post_init__(self):
         super().__post_init__()
         check_source("questions", self.questions)
-        require(self.save_every % self.iterations == 0,
-                f"save_every must be a multiple of iterations, so that no checkpoint parts the updates on one batch of "
-                f"samples, got {self.save_every} and {self.iterations}")
-        require(not self.accelerate_config, "accelerate_config must stay empty in this phase: the policy is copied for "
-                                            "sampling, so it has to lie whole on each device")
+        ranges.check_options("ppo", self.ppo, dict.fromkeys(sampler.PPO_OPTIONS, float), sampler.PPO_OPTIONS)
+        sampler.check_sizes(self.options, self.arm_set)
+        sampler.reweighted(self.preset, self.weights)
         require(self.adapter != "none", "adapter must be a folder, or empty for this run's SFT adapter, got 'none'")
-        self._check_weights()
         self.adapter = self.adapter or f"outputs/{self.run}/01_sft/adapter"
 
-    def _check_weights(self):
-        "Raise `SettingsError` for an unknown or wrong weight, and when every reward weight is 0."
-        names = [f.name for f in dataclasses.fields(regime_w.Weights)]
-        bounds = ranges.Range(-1000, 1000)
-        for name, weight in self.weights.items():
-            require(name in names, f"weights: no weight {name!r}; there are {', '.join(names)}")
-            number = isinstance(weight, int if name == "free_tokens" else (int, float)) and not isinstance(weight, bool)
-            allowed = ranges.COUNT if name == "free_tokens" else bounds
-            require(number and weight in allowed, f"weights: {name} must be a number, {allowed}, got {weight!r}")
-        rewarded = any(getattr(self.scoring.weights, term) for term in regime_w.REWARD_TERMS)
-        require(rewarded, "every reward weight is 0, so nothing could be learned")
+    @property
+    def max_new_tokens(self) -> int: return self.option("max_completion_length")
 
     @property
     def arms(self) -> list[prompts.Arm]:
-        "The arms at the policy's temperature, without nucleus sampling: the distribution that is trained."
-        same = {"temperature": self.temperature, "top_p": 1.0}
-        if self.prompt == "canonical": same["instruction"] = prompts.CANONICAL
-        return [dataclasses.replace(arm, **same) for arm in prompts.arms(self.arm_set)]
+        return sampler.sampled_arms(self.arm_set, self.prompt, self.option("temperature"))
 
     @property
-    def scoring(self) -> regime_w.Preset:
-        "The preset with its weights changed."
-        preset = regime_w.find_preset(self.preset)
-        return dataclasses.replace(preset, weights=dataclasses.replace(preset.weights, **self.weights))
+    def batch_size(self) -> int: return self.option("per_device_train_batch_size") // len(self.arms)   # questions
 
     @property
-    def terms(self) -> dict[str, float]: # term → weight
-        "The terms of the reward."
-        return {term: w for term in regime_w.REWARD_TERMS if (w := getattr(self.scoring.weights, term))}
+    def scoring(self) -> regime_w.Preset: return sampler.reweighted(self.preset, self.weights)
 
     @property
-    def signals(self) -> dict[str, float]: # name → weight, 0 for what is only logged
-        "What is logged."
-        return self.terms | {name: 0. for name in sampler.MONITORS if name not in self.terms}
+    def signals(self) -> dict[str, float]: return sampler.signal_weights(self.scoring) # 0 for what is only logged
 
     @property
     def folder(self) -> Path: return run_folder(self.run)/"06_online_rl"
@@ -106,18 +74,16 @@ class OnlineSettings(TrainingSettings):
 def open_phase(s: OnlineSettings) -> Phase:
     "Phase 6 of the run; raises `RunConflict` for a folder that another configuration made."
     inputs = existing(base=s.base, questions=s.questions, dev=s.dev) | {"adapter": resolve(s.adapter)}
-    return Phase("06_online_rl", s, inputs, machine=(*training.MACHINE, "adapter"))
+    return Phase("06_online_rl", s, inputs, machine=(*ranges.WITHOUT_EFFECT, "adapter"))
 
-def grpo_config(s: OnlineSettings, updates: int # on different batches of samples
+def grpo_config(s: OnlineSettings, batches: int # of samples, in one epoch
                ) -> GRPOConfig:
-    "TRL's configuration."
-    n = len(s.arms)
-    return training.one_device(GRPOConfig(**training.trainer_arguments(s, s.trained, updates) | {
-        "num_train_epochs": 1, "shuffle_dataset": False, "disable_dropout": True, "loss_type": "dapo",
-        "per_device_train_batch_size": s.batch_size * n, "num_generations": n, "steps_per_generation": s.accumulation,
-        "num_iterations": s.iterations, "max_completion_length": s.max_new_tokens, "temperature": s.temperature,
-        "beta": s.beta, "epsilon": s.clip, "scale_rewards": s.scale_rewards, "reward_weights": [*s.signals.values()],
-        "save_strategy": "steps", "save_steps": s.save_every, "remove_unused_columns": False}))
+    "TRL's configuration. The questions of all epochs are one epoch for TRL."
+    return training.trainer_config(
+        GRPOConfig, s, s.trained, batches * s.effective_batch * s.option("num_iterations"), num_train_epochs=1,
+        num_generations=len(s.arms), steps_per_generation=s.accumulation, reward_weights=[*s.signals.values()],
+        loss_type="dapo", disable_dropout=True, shuffle_dataset=False, remove_unused_columns=False,
+        save_strategy="steps")
 
 def make_trainer(s: OnlineSettings, questions: list[dict]) -> GRPOTrainer:
     "The trainer of this phase; raises `SettingsError` when the questions do not fill one update."
@@ -126,15 +92,14 @@ def make_trainer(s: OnlineSettings, questions: list[dict]) -> GRPOTrainer:
     rollouts = sampler.Sampler(
         {q["question_id"]: q for q in questions}, models.load_tokenizer(s.base), s.arms, s.layout, s.scoring,
         [*s.signals], s.samples, s.max_new_tokens, s.seed, merge=not s.load_in_4bit)
-    ppo = {"lam": s.lam, "value_weight": s.value_weight, "value_learning_rate": s.value_learning_rate}
-    config = grpo_config(s, len(order) // s.epochs * s.iterations)
-    return sampler.make_online_trainer(model, rollouts, order, config, ppo if s.algorithm == "ppo" else None)
+    config = grpo_config(s, len(questions) // s.effective_batch)
+    return sampler.make_online_trainer(model, rollouts, order, config, s.ppo if s.algorithm == "ppo" else None)
 
 # %% ../nbs/06_online_rl.ipynb #9a96fb73
 def count_samples(s: OnlineSettings, questions: list[dict], updates: int) -> dict[str, int]:
     "What the manifest records: questions per epoch, updates and sampled trajectories."
     used = len(questions) // s.effective_batch * s.effective_batch
-    trajectories = updates // s.iterations * s.effective_batch * len(s.arms)
+    trajectories = updates // s.option("num_iterations") * s.effective_batch * len(s.arms)
     return {"questions": used, "updates": updates, "trajectories": trajectories}
 
 def main(s: OnlineSettings):
@@ -150,8 +115,8 @@ def main(s: OnlineSettings):
     distance = models.adapter_distance(s.adapter, s.trained)
     if distance == 0: raise RuntimeError(f"{s.trained} equals {s.adapter}: training changed no weight")
     start, name = {"SFT": resolve(s.adapter)}, lambda epoch, update: f"update {update}"
-    answers, verdict = training.look(s, start, s.trained, held_out, name=name)
-    metrics = {"first_divergence": float(log.kl.iloc[0]) if s.beta else None, "adapter_moved_by": distance,
+    answers, verdict = training.evaluate_checkpoints(s, start, s.trained, held_out, name=name)
+    metrics = {"first_divergence": float(log.kl.iloc[0]) if s.option("beta") else None, "adapter_moved_by": distance,
                "hacking": sampler.hacking(log), "heldout": verdict}
     metrics |= {f"{when}_{k}": v for when, part in sampler.thirds(log).items() for k, v in part.items()}
     counts = count_samples(s, questions, trainer.state.global_step)

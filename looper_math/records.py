@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROOT', 'SHARED', 'UNFINISHED', 'resolve', 'SettingsError', 'require', 'is_type', 'nearest', 'settings', 'RecordError',
            'iter_records', 'read_records', 'RecordWriter', 'seal', 'read_sealed', 'write_text', 'write_json',
-           'read_json', 'sha256', 'existing', 'versions', 'git_commit', 'RunConflict', 'run_folder', 'located',
+           'read_json', 'sha256', 'existing', 'versions', 'git_commit', 'RunConflict', 'run_folder', 'flat', 'located',
            'verify_outputs', 'verify_output', 'Phase', 'saved_work']
 
 # %% ../nbs/lib/00_records.ipynb #6a320f20
@@ -318,8 +318,19 @@ def run_folder(run: str) -> Path: # a name, kept under outputs/
     require(plain, f"run must be a name of letters, digits, '-', '_' and '.', got {run!r}")
     return ROOT/"outputs"/run
 
+def flat(values: dict) -> dict:
+    "The values with an entry `k` of a dictionary `d` under the name `d.k`."
+    entries = lambda name, v: {f"{name}.{k}": x for k, x in v.items()} if isinstance(v, dict) and v else {name: v}
+    return {k: x for name, v in values.items() for k, x in entries(name, v).items()}
+
+def _without(values: dict, names: tuple) -> dict:
+    "Values without some names; `d.k` leaves out the entry `k` of the dictionary `d`."
+    inner = lambda d, v: {k: x for k, x in v.items() if f"{d}.{k}" not in names} if isinstance(v, dict) else v
+    return {name: inner(name, v) for name, v in values.items() if name not in names}
+
 def _differences(old: dict, new: dict) -> str:
-    "What differs between two flat dictionaries, in words."
+    "What differs between two dictionaries, in words."
+    old, new = flat(old), flat(new)
     names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
     return ", ".join(f"{n}: {old.get(n, 'nothing')!r} there, {new.get(n, 'nothing')!r} now" for n in names)
 
@@ -376,12 +387,12 @@ class Phase:
                  name: str, # the notebook's name, `04_dpo`
                  settings, # the phase's settings dataclass; `run` names the folder
                  inputs: dict | None = None, # name → file or folder that the phase reads
-                 machine: tuple = (), # settings that change speed and not results, left out of the comparison
+                 machine: tuple = (), # settings that do not change results, not compared; `d.k` is an entry of dict `d`
                  own: tuple = ()): # settings and inputs that are recorded, and compared by the phase itself
         self.name, self.folder, self.start = name, run_folder(settings.run)/name, time.time()
         self.parameters = dataclasses.asdict(settings)
         self.input_paths = {k: os.path.relpath(p, ROOT) for k, p in (inputs or {}).items()}
-        compared = {k: v for k, v in self.parameters.items() if k not in ("run", *machine)}
+        compared = _without(self.parameters, ("run", *machine))
         hashes = {p: self._hash(p) for p in dict.fromkeys((inputs or {}).values())} # each path once
         self.config = {"parameters": compared, "inputs": {k: hashes[p] for k, p in (inputs or {}).items()}}
         self._refuse_other_configuration(own)

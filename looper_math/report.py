@@ -17,7 +17,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from .compare import compare
-from .records import iter_records, read_json
+from .records import flat, iter_records, read_json
 from .stats import holm, wilson
 
 # %% ../nbs/lib/27_report.ipynb #cb5b6056
@@ -165,7 +165,8 @@ def _answers(folder: Path) -> dict[str, Path]: # such as test-sft → its file
 def differing_parameters(a: Path, b: Path) -> list[list[str]]: # rows of text, a head row first
     "Parameters in which two runs differ, run name apart."
     rows = [["parameter", a.name, b.name]]
-    of_a, of_b = ({f"{p}.{n}": v for p, m in manifests(f).items() for n, v in m["parameters"].items() if n != "run"} for f in (a, b))
+    read = lambda folder: flat({phase: flat(m["parameters"]) for phase, m in manifests(folder).items()})
+    of_a, of_b = ({n: v for n, v in read(folder).items() if not n.endswith(".run")} for folder in (a, b))
     return rows + [[n, str(of_a.get(n, "")), str(of_b.get(n, ""))] for n in sorted({*of_a, *of_b}) if of_a.get(n) != of_b.get(n)]
 
 def compare_runs(a: Path, b: Path) -> tuple[list[list[str]], list[str]]: # rows of text with a head row, and a sentence a row

@@ -32,7 +32,7 @@ import yaml
 # %% ../nbs/lib/30_runs.ipynb #05033096
 from . import records
 from .launch import check_processes
-from .ranges import check_home, check_run, looks_local, named_files
+from .ranges import WITHOUT_EFFECT, check_home, check_run, looks_local, named_files
 from .records import ROOT, RunConflict, SettingsError, nearest, read_json, verify_outputs, write_json
 
 # %% ../nbs/lib/30_runs.ipynb #8f02fcd7
@@ -377,7 +377,11 @@ def is_done(folder: Path, phase: str,
 # %% ../nbs/lib/30_runs.ipynb #f7c05c63
 def _differences(old: dict, new: dict, growing: tuple) -> list[str]:
     "Which parameters have another value than before, in words; of those that may grow, which members have."
-    pairs = [(name, old[name], value) for name, value in new.items() if name in old and name not in growing]
+    def effective(name: str, value):
+        if not isinstance(value, dict): return value
+        return {key: v for key, v in value.items() if f"{name}.{key}" not in WITHOUT_EFFECT}
+    shared = [name for name in new if name in old and name not in growing]
+    pairs = [(name, effective(name, old[name]), effective(name, new[name])) for name in shared]
     for name in growing:
         if not isinstance(new.get(name), dict): continue
         members = [key for key in new[name] if key in old.get(name, {})]
@@ -417,7 +421,7 @@ def _missing(phase: str, path: Path, folder: Path, chosen: list[str], values: di
     if maker not in values: return f"this recipe does not run {maker}"
     if maker not in chosen: return f"{maker} has not made it"
     if chosen.index(maker) >= chosen.index(phase): return f"{maker} makes it, and runs after {phase}"
-    if inside[:1] == ["control"] and not values[maker].get("control", True): return f"{maker}.control is False"
+    if inside[:1] == ["control"] and values[maker].get("control_cap") == 0: return f"{maker}.control_cap is 0"
     outputs = OUTPUTS.get(maker, inside[:1])
     return "" if inside and inside[0] in outputs else f"{maker} makes {' and '.join(outputs)}"
 
@@ -458,7 +462,7 @@ def build_settings(phase: str, parameters: dict) -> dict: # the parameters as th
     try:
         built = records.settings(getattr(module, name), parameters)
         check_processes(parameters.get("n_gpu", 0), parameters.get("accelerate_config", ""))
-        if phase in GROWING: module.joined(built) # refuses what contradicts an earlier evaluation
+        if phase in GROWING: module.with_recorded_models(built) # refuses what contradicts an earlier evaluation
     except (ValueError, OSError) as e: raise Refused(f"{phase}: {' '.join(str(e).split())}") from None
     return dataclasses.asdict(built)
 
@@ -492,7 +496,7 @@ def check_across(chosen: list[str], values: dict[str, dict]) -> list[str]: # wha
     from looper_math import prompts
     sampled, paired, dpo = (values.get(phase, {}) for phase in ("02_rollouts", "03_preferences", "04_dpo"))
     if not sampled: return []
-    own = "04_dpo" in chosen and dpo["control"] and not dpo["rollouts"] and not sampled["import_from"]
+    own = "04_dpo" in chosen and dpo["control_cap"] and not dpo["rollouts"] and not sampled["import_from"]
     arms = [arm.name for arm in prompts.arms(sampled["arm_set"])]
     for name in dpo["control_arms"] if own else []:
         if name not in arms:

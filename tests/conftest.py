@@ -15,10 +15,10 @@ from looper_math.runs import parameters_of
 
 RUN = "pytest-" + os.environ.get("PYTEST_XDIST_WORKER", "pipeline")   # workers side by side must not share a run
 SMALL = {
-    "01_sft": {"limit": 96, "epochs": 1, "dev_limit": 8},
+    "01_sft": {"limit": 96, "trainer": {"num_train_epochs": 1}, "dev_limit": 8},
     "02_rollouts": {"limit": 24, "chunk": 8},
     "03_preferences": {},
-    "04_dpo": {"min_pairs": 2, "epochs": 2, "batch_size": 4, "dev_limit": 8},
+    "04_dpo": {"min_pairs": 2, "trainer": {"num_train_epochs": 2, "per_device_train_batch_size": 4}, "dev_limit": 8},
     "05_eval": {"limit": 16, "chunk": 8},
     "06_online_rl": {},
 }
@@ -27,7 +27,8 @@ SMALL = {
 def papermill(phase: str, out: Path, **parameters) -> subprocess.CompletedProcess:
     "One phase as its user runs it; parameters beyond the small run's."
     out.parent.mkdir(parents=True, exist_ok=True)
-    flags = [x for k, v in ({"run": RUN} | SMALL[phase] | parameters).items() for x in ("-p", k, str(v))]
+    values = small(phase, **parameters)
+    flags = [x for k in {"run": RUN} | SMALL[phase] | parameters for x in ("-p", k, str(values[k]))]
     command = [sys.executable, "-m", "papermill", "--no-progress-bar", f"nbs/{phase}.ipynb", str(out), *flags]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
@@ -41,9 +42,12 @@ phase.{call}(s)
 
 
 def small(phase: str, **changes) -> dict:
-    "Parameters of a phase: the notebook's defaults, the small run's, then `changes`."
-    defaults = {k: p.default for k, p in parameters_of(ROOT / "nbs" / f"{phase}.ipynb").items()}
-    return defaults | {"run": RUN} | SMALL[phase] | changes
+    "Parameters of a phase: the notebook's defaults, the small run's, then `changes`; options of `trainer` one by one."
+    values = {k: p.default for k, p in parameters_of(ROOT / "nbs" / f"{phase}.ipynb").items()} | {"run": RUN}
+    for part in (SMALL[phase], changes):
+        options = {"trainer": values["trainer"] | part["trainer"]} if "trainer" in part else {}
+        values |= part | options
+    return values
 
 
 def start(module: str, settings: str, call: str, parameters: dict) -> subprocess.Popen:

@@ -9,17 +9,19 @@ from looper_math import online_rl, training
 from looper_math.launch import launch
 from looper_math.records import read_json, run_folder
 
-SHARED = dict(arm_set="guide-8", limit=8, batch_size=2, accumulation=1, save_every=2, max_new_tokens=60, mixed_precision="no", dev_limit=8)
+OPTIONS = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1, "bf16": False} # 2 questions by 8 arms
+SHARED = dict(arm_set="guide-8", limit=8, save_every=2, max_new_tokens=60, dev_limit=8)
 
 
-def settings(small_run, name: str, **changes) -> online_rl.OnlineSettings:
+def settings(small_run, name: str, options: dict = {}, **changes) -> online_rl.OnlineSettings:
     "Four updates on two questions each, for a run that begins with nothing."
+    changes = {"trainer": OPTIONS | options} | changes
     run = f"{RUN}-{name}"
     shutil.rmtree(run_folder(run), ignore_errors=True)
     return online_rl.OnlineSettings(**small("06_online_rl", run=run, adapter=str(small_run / "01_sft" / "adapter"), **SHARED | changes))
 
 
-@pytest.mark.parametrize("algorithm, changes", [("grpo", {"limit": 4, "epochs": 2}), ("ppo", {"limit": 4, "iterations": 2})])
+@pytest.mark.parametrize("algorithm, changes", [("grpo", {"limit": 4, "options": {"num_train_epochs": 2}}), ("ppo", {"limit": 4, "iterations": 2})])
 def test_online_rl_after_a_kill(small_run, algorithm, changes):
     "kill -9 after the first checkpoint, then the phase again: weights, value model and samples of an unbroken training, over two epochs and with two updates on each batch of samples."
     unbroken, killed = (settings(small_run, f"{algorithm}-{name}", algorithm=algorithm, **changes) for name in ("unbroken", "killed"))
@@ -39,7 +41,7 @@ def test_two_processes_do_what_one_does(small_run):
     "PPO, which has all that GRPO has: samples, rewards, gradients and the value model's loss of one process with the whole batch."
     logs = []
     for n in (1, 2):
-        s = settings(small_run, f"online-{n}", algorithm="ppo", n_gpu=n, batch_size=2 // n, dev="")
+        s = settings(small_run, f"online-{n}", algorithm="ppo", n_gpu=n, options={"per_device_train_batch_size": 16 // n}, dev="")
         launch("looper_math.online_rl", s, n_gpu=n)
         logs.append(training.history(s.trained)[["reward", "grad_norm", "value/loss", "kl"]])
         shutil.rmtree(run_folder(s.run))

@@ -69,7 +69,7 @@ def test_there_is_room_for_the_length_penalty_and_for_what_is_trained_on(recipe)
     for phase, p in v.items():
         assert p.get("max_new_tokens", longest) >= longest, f"{phase} would cut off what {sampled} may write"
         trained_on = longest if phase == "04_dpo" or p.get("targets", "human") != "human" else 512
-        if "max_length" in p: assert p["max_length"] >= trained_on + 512, phase
+        if "max_length" in p.get("trainer", {}): assert p["trainer"]["max_length"] >= trained_on + 512, phase
 
 
 @pytest.mark.parametrize("recipe", BIG)
@@ -88,7 +88,8 @@ def test_every_process_has_a_share_of_the_rollouts(recipe):
 @pytest.mark.parametrize("recipe", [r for r in BIG if "05_eval" in values(r)])
 def test_the_numbers_of_the_evaluation_are_those_of_its_comment(recipe):
     p = values(recipe)["05_eval"]
-    several = (p["samples"] + len(arms(p["arm_set"]))) * p["sampled_questions"] * p["sampled_models"]
+    sampling = p["sampling"]
+    several = (sampling["n"] + len(arms(p["arm_set"]))) * sampling["questions"] * sampling["models"]
     greedy = size(p["questions"], p["limit"]) * len(p["models"]) * len(p["styles"])
     stated = re.search(r"([\d,]+) completions beside the ([\d,]+) greedy", text(recipe, "05_eval"))
     if stated: assert [int(n.replace(",", "")) for n in stated.groups()] == [several, greedy]
@@ -100,7 +101,8 @@ def test_updates_are_those_of_the_comments(recipe):
     for phase in ("01_sft", "04_dpo", "06_online_rl"):
         if phase not in v: continue
         p, source = v[phase], text(recipe, phase)
-        batch = p["batch_size"] * p["accumulation"] * max(1, p["n_gpu"])
+        rows = p["trainer"]["per_device_train_batch_size"] // (len(arms(p["arm_set"])) if phase == "06_online_rl" else 1)
+        batch = rows * p["trainer"].get("gradient_accumulation_steps", 1) * max(1, p["n_gpu"])
         stated = re.search(r"(\d+) (?:rows|pairs|questions) (?:\(\d+ trajectories\) )?an update", source)
         if stated: assert int(stated[1]) == batch, phase
         if updates := re.search(r"(\d+) updates", source):

@@ -35,7 +35,7 @@ def finished(folder, preset, changes={}, losses=(.62, .48, .38), **sizes):
     arm_set = find_preset(preset).arm_set
     p = {"02_rollouts": ABEL | {"arm_set": arm_set, "limit": 20, "questions": "openai/gsm8k", "preset": preset},
          "03_preferences": {"policy": "all", "coherence": "best-worst", "threshold": .01, "cap": 4, "preset": preset},
-         "04_dpo": ABEL | {"epochs": 3, "learning_rate": 5e-5, "beta": .1, "loss": "sigmoid", "nll_weight": 0.},
+         "04_dpo": ABEL | {"beta": .1, "loss": "sigmoid", "nll_weight": 0.},
          "05_eval": ABEL | {"questions": "madrylab/gsm8k-platinum", "limit": 0, "models": {}}}
     p = {phase: values | changes.get(phase, {}) for phase, values in p.items()}
     scored = list(score_records(rollouts(arm_set, **sizes), preset))
@@ -48,6 +48,7 @@ def finished(folder, preset, changes={}, losses=(.62, .48, .38), **sizes):
     change = {"gained": 60, "lost": 25, "n": 1209, "p": .001, "p_holm": .002, "difference": 35 / 1209}
     models = {"base": score(972), "sft": score(985), "dpo": score(1020)}
     metrics = {"03_preferences": reward_terms(scored, preset),
+               "04_dpo": {"trainer": {"num_train_epochs": 3, "learning_rate": 5e-5}},
                "05_eval": {"models": models, "paired": {"dpo_vs_sft": change}}}
     for phase, values in p.items():
         write_json(folder / phase / "manifest.json", COMMON | {"parameters": values, "counts": counts[phase]} |

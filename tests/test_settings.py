@@ -17,9 +17,12 @@ INF, NAN = math.inf, math.nan
 
 
 def built(phase, **changes):
-    "The settings of a phase: its notebook's defaults, then `changes`."
+    "The settings of a phase: its notebook's defaults, then `changes`; `trainer.seed` is an option of `trainer`."
     module, name = runs.SETTINGS[phase]
-    parameters = small(phase) | {"run": "settings"} | changes
+    parameters = small(phase) | {"run": "settings"}
+    for key, value in changes.items():
+        parameter, dot, option = key.partition(".")
+        parameters[parameter] = parameters[parameter] | {option: value} if dot else value
     return settings(getattr(importlib.import_module(f"looper_math.{module}"), name), parameters)
 
 
@@ -45,43 +48,63 @@ BAD = [
     ("12456", "n_gpu", "8", "n_gpu must be int"),
     ("12456", "max_new_tokens", 0, "max_new_tokens must be at least 1"),
     ("12456", "max_new_tokens", 10**9, "max_new_tokens must be at least 1 and at most 1,000,000"),
-    ("12456", "batch_size", 0, "batch_size must be at least 1"),
-    ("12456", "batch_size", -32, "batch_size must be at least 1"),
-    ("12456", "batch_size", 1.5, "batch_size must be int"),
+    ("25", "batch_size", 0, "batch_size must be at least 1"),
+    ("25", "batch_size", -32, "batch_size must be at least 1"),
+    ("25", "batch_size", 1.5, "batch_size must be int"),
     ("1256", "limit", -1, "limit must be at least 0"),
     ("1256", "limit", True, "limit must be int"),
     # the trainings
-    ("146", "learning_rate", 0.0, "learning_rate must be above 0"),
-    ("146", "learning_rate", -1e-4, "learning_rate must be above 0"),
-    ("146", "learning_rate", 50.0, "learning_rate must be above 0 and at most 1"),
-    ("146", "learning_rate", INF, "learning_rate must be finite"),
-    ("146", "learning_rate", NAN, "learning_rate must be finite"),
-    ("146", "learning_rate", "1e-4", "learning_rate must be float"),
-    ("146", "epochs", 0, "epochs must be at least 1"),
-    ("146", "epochs", 10**6, "epochs must be at least 1 and at most 1,000"),
-    ("146", "accumulation", 0, "accumulation must be at least 1"),
-    ("146", "warmup", -0.1, "warmup must be at least 0"),
-    ("146", "warmup", 1.0, "warmup must be at least 0 and below 1"),
-    ("146", "warmup", NAN, "warmup must be finite"),
-    ("146", "scheduler", "cosin", "scheduler must be linear, cosine"),
-    ("146", "scheduler", "reduce_lr_on_plateau", "scheduler must be linear, cosine"),
-    ("146", "scheduler", "", "scheduler must be linear, cosine"),
-    ("146", "seed", -1, "seed must be at least 0"),
-    ("146", "seed", 2**32, "seed must be at least 0 and at most 4,294,967,295"),
     ("146", "keep", "first", "keep must be last or best"),
     ("146", "dev", "data/no-such-dev.jsonl", "dev: "),
     ("146", "dev", "openai/gsm8k:trian[7000:]", "dev: openai/gsm8k: no split"),
     ("146", "dev", "openai/gsm8k:train[7000", "is no split"),
     ("146", "dev_limit", -5, "dev_limit must be at least 0"),
-    ("146", "mixed_precision", "half", "mixed_precision must be auto, no, bf16 or fp16"),
-    ("146", "report_to", "wandbb", "report_to must be none, trackio"),
-    ("146", "report_to", "wandb", "report_to needs the package wandb"),
     ("146", "load_in_4bit", "yes", "load_in_4bit must be bool"),
-    ("146", "gradient_checkpointing", 1, "gradient_checkpointing must be bool"),
     ("146", "accelerate_config", "nbs/accelerate/fsdp-9.yaml", "there is no"),
     ("146", "accelerate_config", "~nobody-here/fsdp.yaml", "begins with ~nobody-here"),
-    ("14", "max_length", 0, "max_length must be at least 1"),
-    ("14", "max_length", 10**9, "max_length must be at least 1 and at most 1,000,000"),
+    # their trainers' options
+    ("146", "trainer", "learning_rate: 0.1", "trainer must be dict"),
+    ("146", "trainer.learning_rate", 0.0, "trainer.learning_rate must be above 0"),
+    ("146", "trainer.learning_rate", -1e-4, "trainer.learning_rate must be above 0"),
+    ("146", "trainer.learning_rate", 50.0, "trainer.learning_rate must be above 0 and at most 1"),
+    ("146", "trainer.learning_rate", INF, "trainer must be finite"),
+    ("146", "trainer.learning_rate", NAN, "trainer must be finite"),
+    ("146", "trainer.learning_rate", "1e-4", "trainer.learning_rate must be float, got '1e-4'"),
+    ("146", "trainer.learning_rate", None, "trainer.learning_rate must be float, got None"),
+    ("146", "trainer.learning_rat", 0.1, "has no option 'learning_rat'; did you mean 'learning_rate'"),
+    ("146", "trainer.epochs", 3, "Config has no option 'epochs'"),
+    ("146", "trainer.num_train_epochs", 0, "trainer.num_train_epochs must be a whole number, at least 1"),
+    ("146", "trainer.num_train_epochs", 1.5, "trainer.num_train_epochs must be a whole number, at least 1"),
+    ("146", "trainer.num_train_epochs", 10**6, "at least 1 and at most 1,000, got 1000000"),
+    ("146", "trainer.per_device_train_batch_size", 0, "trainer.per_device_train_batch_size must be at least 1"),
+    ("146", "trainer.per_device_train_batch_size", 1.5, "trainer.per_device_train_batch_size must be int"),
+    ("6", "trainer.per_device_train_batch_size", 45, "must be a multiple of 11"),
+    ("146", "trainer.gradient_accumulation_steps", 0, "trainer.gradient_accumulation_steps must be at least 1"),
+    ("146", "trainer.warmup_steps", -0.1, "trainer.warmup_steps must be at least 0"),
+    ("146", "trainer.warmup_steps", 1.5, "below 1, or a whole number, at least 1 and at most 1,000,000, got 1.5"),
+    ("146", "trainer.warmup_steps", NAN, "trainer must be finite"),
+    ("146", "trainer.lr_scheduler_type", "cosin", "trainer.lr_scheduler_type must be linear, cosine"),
+    ("146", "trainer.lr_scheduler_type", "reduce_lr_on_plateau", "trainer.lr_scheduler_type must be linear, cosine"),
+    ("146", "trainer.lr_scheduler_type", "", "trainer.lr_scheduler_type must be linear, cosine"),
+    ("146", "trainer.seed", -1, "trainer.seed must be at least 0"),
+    ("146", "trainer.seed", 2**32, "trainer.seed must be at least 0 and at most 4,294,967,295"),
+    ("146", "trainer.bf16", "yes", "trainer.bf16 must be bool"),
+    ("146", "trainer.report_to", "wandbb", "trainer.report_to must be none, trackio"),
+    ("146", "trainer.report_to", "wandb", "trainer.report_to needs the package wandb"),
+    ("146", "trainer.gradient_checkpointing", 1, "trainer.gradient_checkpointing must be bool"),
+    ("146", "trainer.optim", "adam", "trainer.optim must be adamw_torch"),
+    ("146", "trainer.weight_decay", INF, "trainer must be finite"),
+    ("146", "trainer.max_steps", 10, "trainer.max_steps cannot be set: num_train_epochs decides the length"),
+    ("146", "trainer.output_dir", "elsewhere", "trainer.output_dir cannot be set"),
+    ("146", "trainer.save_total_limit", 1, "trainer.save_total_limit cannot be set: a checkpoint is saved"),
+    ("146", "trainer.logging_steps", 1, "trainer.logging_steps cannot be set"),
+    ("146", "trainer.eval_strategy", "epoch", "trainer.eval_strategy cannot be set"),
+    ("146", "trainer.remove_unused_columns", True, "trainer.remove_unused_columns cannot be set"),
+    ("14", "trainer.max_length", 0, "trainer.max_length must be at least 1"),
+    ("14", "trainer.max_length", None, "trainer.max_length must be at least 1"),
+    ("14", "trainer.max_length", 10**9, "trainer.max_length must be at least 1 and at most 1,000,000"),
+    ("6", "trainer.max_length", 512, "GRPOConfig has no option 'max_length'"),
+    ("14", "trainer.train_sampling_strategy", "sorted", "trainer.train_sampling_strategy must be random, sequential"),
     # 01
     ("1", "train", "", "train: "),
     ("1", "train", "data/pocket/trian.jsonl", "train: "),
@@ -90,13 +113,15 @@ BAD = [
     ("1", "targets", "humans", "targets must be human, self or mixed"),
     ("1", "targets", "self", "name a file of rollout records"),
     ("1", "own_cap", 0, "own_cap must be at least 1"),
-    ("1", "rank", 0, "rank must be at least 1"),
-    ("1", "rank", 10**5, "rank must be at least 1 and at most 1,024"),
-    ("1", "alpha", 0, "alpha must be at least 1"),
-    ("1", "alpha", -32, "alpha must be at least 1"),
-    ("1", "dropout", -1.0, "dropout must be at least 0"),
-    ("1", "dropout", 1.0, "dropout must be at least 0 and below 1"),
-    ("1", "dropout", NAN, "dropout must be finite"),
+    ("1", "lora.r", 0, "lora.r must be at least 1"),
+    ("1", "lora.r", 10**5, "lora.r must be at least 1 and at most 1,024"),
+    ("1", "lora.rank", 8, "lora has no option 'rank'"),
+    ("1", "lora.lora_alpha", 0, "lora.lora_alpha must be at least 1"),
+    ("1", "lora.lora_alpha", -32, "lora.lora_alpha must be at least 1"),
+    ("1", "lora.lora_dropout", -1.0, "lora.lora_dropout must be at least 0"),
+    ("1", "lora.lora_dropout", 1.0, "lora.lora_dropout must be at least 0 and below 1"),
+    ("1", "lora.lora_dropout", NAN, "lora must be finite"),
+    ("1", "trainer.completion_only_loss", False, "trainer.completion_only_loss cannot be set: the rows are prompts"),
     ("1", "rollouts", "~nobody-here/r.jsonl", "rollouts: '~nobody-here/r.jsonl'"),
     # 02
     ("2", "questions", "gsm8k", "questions: 'gsm8k': neither a file nor"),
@@ -146,7 +171,7 @@ BAD = [
     ("5", "models", {"base": "~nobody-here/x"}, "models.base: '~nobody-here/x'"),
     ("5", "models", {"base": "no such model!"}, "models.base must be a folder"),
     ("5", "comparisons", [["sft", "sft"]], "compares a model with itself"),
-    ("5", "comparisons", [["sft", "dpo"], ["sft", "dpo"]], "stands there twice"),
+    ("5", "comparisons", [["sft", "dpo"], ["sft", "dpo"]], "is there twice"),
     ("5", "comparisons", [["sft", "dop"]], "a comparison is a pair"),
     ("5", "comparisons", [["sft"]], "a comparison is a pair"),
     ("5", "comparisons", ["sft"], "a comparison is a pair"),
@@ -162,22 +187,29 @@ BAD = [
     ("5", "styles", [["training"]], "styles must be a list of texts"),
     ("5", "styles", [True], "styles must be a list of texts"),
     ("5", "styles", ["native"], "style native needs a native_template"),
-    ("5", "samples", -1, "samples must be at least 0"),
-    ("5", "samples", 10**6, "samples must be at least 0 and at most 1,000"),
+    ("5", "sampling", {"n": -1}, "sampling.n must be at least 0"),
+    ("5", "sampling", {"n": 10**6}, "sampling.n must be at least 0 and at most 1,000"),
+    ("5", "sampling", {"n": True}, "sampling.n must be a whole number"),
+    ("5", "sampling", {"samples": 8}, "sampling: unknown option 'samples'"),
+    ("5", "sampling", {"temprature": 1}, "did you mean 'temperature'?"),
     ("5", "arm_set", "guide", "arm_set must be "),
-    ("5", "sampled_models", -1, "sampled_models must be at least 0"),
-    ("5", "sampled_questions", -1, "sampled_questions must be at least 0"),
-    ("5", "seed", -1, "seed must be at least 0"),
+    ("5", "sampling", {"models": -1}, "sampling.models must be at least 0"),
+    ("5", "sampling", {"questions": -1}, "sampling.questions must be at least 0"),
+    ("5", "sampling", {"seed": -1}, "sampling.seed must be at least 0"),
     ("5", "chunk", -1024, "chunk must be at least 1"),
     ("5", "engine", "", "engine must be auto, transformers or vllm"),
-    ("56", "temperature", 0.0, "temperature must be at least 0.01"),
-    ("56", "temperature", -0.7, "temperature must be at least 0.01"),
-    ("56", "temperature", 1e-300, "temperature must be at least 0.01"),
-    ("56", "temperature", 100.0, "temperature must be at least 0.01 and at most 10"),
-    ("56", "temperature", NAN, "temperature must be finite"),
-    ("5", "top_p", 0.0, "top_p must be above 0"),
-    ("5", "top_p", 1.5, "top_p must be above 0 and at most 1"),
-    ("5", "top_p", NAN, "top_p must be finite"),
+    ("6", "temperature", 0.0, "temperature must be at least 0.01"),
+    ("6", "temperature", -0.7, "temperature must be at least 0.01"),
+    ("6", "temperature", 1e-300, "temperature must be at least 0.01"),
+    ("6", "temperature", 100.0, "temperature must be at least 0.01 and at most 10"),
+    ("6", "temperature", NAN, "temperature must be finite"),
+    ("5", "sampling", {"temperature": 0.0}, "sampling.temperature must be at least 0.01"),
+    ("5", "sampling", {"temperature": 1e-300}, "sampling.temperature must be at least 0.01"),
+    ("5", "sampling", {"temperature": 100}, "sampling.temperature must be at least 0.01 and at most 10"),
+    ("5", "sampling", {"temperature": NAN}, "sampling must be finite"),
+    ("5", "sampling", {"top_p": 0.0}, "sampling.top_p must be above 0"),
+    ("5", "sampling", {"top_p": 1.5}, "sampling.top_p must be above 0 and at most 1"),
+    ("5", "sampling", {"top_p": NAN}, "sampling must be finite"),
     # 06
     ("6", "algorithm", "reinforce", "algorithm must be grpo or ppo"),
     ("6", "arm_set", "guide-9", "arm_set must be "),
@@ -219,7 +251,7 @@ def test_a_bad_value_is_refused(phase, parameter, value, message):
 
 def test_every_parameter_of_the_phases_has_a_bad_value():
     "But for flags, whose wrong type the runner refuses, and what any text may be."
-    tried = {(phase, parameter) for phase, parameter, *_ in ROWS}
+    tried = {(phase, parameter.split(".")[0]) for phase, parameter, *_ in ROWS}
     free = {"native_template"} # is checked with the style native, below
     for phase in set(NAMES.values()) - {"03_preferences"}:
         module, name = runs.SETTINGS[phase]
@@ -236,14 +268,16 @@ def test_the_native_template_is_checked_where_it_is_used(template, message):
 
 
 GOOD = [
-    ("01_sft", {"learning_rate": 1.0, "dropout": 0.0, "warmup": 0.0, "rank": 1024}),
+    ("01_sft", {"trainer.learning_rate": 1.0, "lora.lora_dropout": 0.0, "trainer.warmup_steps": 0.0, "lora.r": 1024}),
+    ("01_sft", {"trainer.learning_rate": 1, "trainer.warmup_steps": 10, "trainer.optim": "adafactor"}),
     ("01_sft", {"train": "openai/gsm8k:train[:7000]", "dev": "openai/gsm8k:train[7000:]", "base": "GAIR/Abel-7B-002"}),
-    ("01_sft", {"scheduler": "inverse_sqrt", "keep": "best"}),
+    ("01_sft", {"trainer": {}}),
+    ("01_sft", {"trainer.lr_scheduler_type": "inverse_sqrt", "keep": "best"}),
     ("02_rollouts", {"adapter": "none", "limit": 0, "chunk": 1}),
     ("04_dpo", {"control_arms": [], "label_smoothing": 0.1, "loss": "robust", "nll_weight": 0.0}),
-    ("05_eval", {"models": {"größe_2": ""}, "comparisons": [], "arm_set": "", "samples": 0, "harder": ""}),
+    ("05_eval", {"models": {"größe_2": ""}, "comparisons": [], "arm_set": "", "sampling": {}, "harder": ""}),
     ("05_eval", {"styles": ["native", "five-shot"], "native_template": "{question}"}),
-    ("05_eval", {"top_p": 1.0, "temperature": 10.0}),
+    ("05_eval", {"sampling": {"n": 1, "top_p": 1, "temperature": 10.0}}),
     ("06_online_rl", {"weights": {"free_tokens": 1024, "correct": 2}, "lam": 0.0, "beta": 0.0}),
     ("06_online_rl", {"iterations": 2, "save_every": 4}),
 ]
@@ -256,8 +290,8 @@ def test_what_is_allowed_at_the_edges(phase, changes):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 def test_half_precision_needs_a_gpu():
-    with pytest.raises(SettingsError, match="mixed_precision fp16 needs a GPU"):
-        built("01_sft", mixed_precision="fp16")
+    with pytest.raises(SettingsError, match="trainer.fp16 needs a GPU"):
+        built("01_sft", **{"trainer.fp16": True})
 
 
 BROKEN = [("num_processes: [", "is no YAML"), ("machines: 2", "expected a line"), ("\xff", "is no YAML")]
@@ -313,7 +347,7 @@ def test_the_command_line_does_not_wait_for_torch():
 
 RUN = "pytest-settings"
 THROUGH = { # recipe and flag → what the sentence says
-    "smoke 05_eval.temperature=0": "05_eval: temperature must be at least 0.01 and at most 10, got 0.0",
+    "smoke 05_eval.sampling={temperature: 0}": "05_eval: sampling.temperature must be at least 0.01 and at most 10, got 0",
     "smoke 05_eval.batch_size=0": "05_eval: batch_size must be at least 1 and at most 1,000,000, got 0",
     "smoke 04_dpo.loss=dop": "04_dpo: loss must be sigmoid, sigmoid_norm, ipo, hinge or robust, got 'dop'",
     "smoke 04_dpo.beta=-1": "04_dpo: beta must be above 0 and at most 1,000, got -1.0",
@@ -328,7 +362,7 @@ THROUGH = { # recipe and flag → what the sentence says
     "pocket-grpo 06.adapter=outputs/none": "06_online_rl.adapter: there is no outputs/none",
     "pocket-base adapter=": "there is no outputs/pytest-settings/01_sft/adapter; this recipe does not run 01_sft",
 }
-IN_A_PROCESS = ("smoke 05_eval.temperature=0", "smoke 05_eval.engine=vllm") # as it runs for its users, in seconds
+IN_A_PROCESS = ("smoke 05_eval.sampling={temperature: 0}", "smoke 05_eval.engine=vllm") # as it runs for its users, in seconds
 if importlib.util.find_spec("vllm"):
     del THROUGH["smoke 05_eval.engine=vllm"]
 
@@ -352,9 +386,9 @@ def test_refused_before_the_first_phase(case, capfd, monkeypatch):
 
 def test_papermill_says_the_same(tmp_path):
     call = [sys.executable, "-m", "papermill", "--no-progress-bar", "nbs/05_eval.ipynb", str(tmp_path / "out.ipynb"),
-            "-p", "run", RUN, "-p", "temperature", "0.0"]
+            "-p", "run", RUN, "-y", "sampling: {temperature: 0}"]
     done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode and "temperature must be at least 0.01 and at most 10, got 0.0" in done.stderr
+    assert done.returncode and "sampling.temperature must be at least 0.01 and at most 10, got 0" in done.stderr
     assert not (ROOT / "outputs" / RUN).exists()
 
 

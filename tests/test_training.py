@@ -36,11 +36,13 @@ def inputs(small_run):
 @pytest.mark.parametrize("module, settings, phase, trained", [(sft, sft.SFTSettings, "01_sft", "adapter"), (dpo, dpo.DPOSettings, "04_dpo", "trained")], ids=["sft", "dpo"])
 def test_two_processes_lose_what_one_loses(inputs, module, settings, phase, trained):
     "Half the batch on each of two processes: the loss of every update is that of one process with the whole batch, to 0.1 %. (DPO's likelihood term is a mean over the tokens of a process, so it is left out here.)"
-    shared = dict(learning_rate=1e-3, epochs=1, dev="", mixed_precision="no", group_by_length=False) | (inputs | dict(control=False, nll_weight=0.) if phase == "04_dpo" else {"limit": 40})
+    options = {"learning_rate": 1e-3, "num_train_epochs": 1, "bf16": False}
+    shared = {"dev": ""} | (inputs | dict(control=False, nll_weight=0.) if phase == "04_dpo" else {"limit": 40})
     logs = []
     for n in (1, 2):
         folder = fresh(f"{n}-processes")
-        s = settings(**small(phase, run=folder.name, n_gpu=n, batch_size=8 // n, **shared))
+        trainer = options | {"per_device_train_batch_size": 8 // n}
+        s = settings(**small(phase, run=folder.name, n_gpu=n, trainer=trainer, **shared))
         assert s.effective_batch == 8
         launch(f"looper_math.{module.__name__.split('.')[-1]}", s, n_gpu=n)
         logs.append(training.history(getattr(s, trained)).loss)
@@ -53,7 +55,7 @@ def test_two_processes_lose_what_one_loses(inputs, module, settings, phase, trai
 
 def test_sft_after_a_kill(small_run):
     "kill -9 after the first epoch, then the phase again: the adapter of an unbroken training, and a checkpoint for each epoch."
-    parameters = dict(epochs=2, limit=40, dev="")
+    parameters = dict(trainer={"num_train_epochs": 2}, limit=40, dev="")
     folders = [fresh("sft-unbroken"), fresh("sft-killed")]
     process = start("sft", "SFTSettings", "main", small("01_sft", run=folders[1].name, **parameters))
     kill_when(process, lambda: training.checkpoints(folders[1] / "01_sft" / "adapter"))
@@ -91,7 +93,7 @@ def test_the_control_is_trained_beside_dpo(inputs):
     shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("loss, options", [("sigmoid_norm", dict(gradient_checkpointing=True)), ("ipo", dict(group_by_length=True)), ("hinge", dict(precompute_reference=False)), ("robust", dict(label_smoothing=.1))])
+@pytest.mark.parametrize("loss, options", [("sigmoid_norm", dict(trainer={"gradient_checkpointing": True})), ("ipo", dict(trainer={"train_sampling_strategy": "group_by_length"})), ("hinge", dict(precompute_reference=False)), ("robust", dict(label_smoothing=.1))])
 def test_every_loss_trains(inputs, loss, options):
     "Each loss with an option of the trainer: from a reference that equals the policy to an adapter that moved."
     folder = fresh(f"loss-{loss}")
