@@ -9,7 +9,6 @@ __all__ = ['SCHEDULERS', 'REPORTS', 'OURS', 'precision', 'TrainerOptions', 'read
            'evaluate_checkpoints', 'finish', 'verdict']
 
 # %% ../nbs/lib/16_training.ipynb #bfac8710
-import dataclasses
 import gc
 import importlib.util
 import math
@@ -18,7 +17,7 @@ import shutil
 import struct
 import typing
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
@@ -45,30 +44,22 @@ REPORTS = ("none", "trackio", "tensorboard", "wandb")
 # The project's defaults, where they differ from TRL's.
 OURS = {"seed": 0, "gradient_checkpointing": False}
 
-# What sets an option that `trainer` may not set → these options.
+# What sets the options that `trainer` may not set → the beginnings of their names.
 _FIXED = {
     "the run's name decides the folder": ("output_dir",),
     "num_train_epochs decides the length": ("max_steps",),
-    "a checkpoint is saved after every epoch, and an interrupted training resumes from the last one": (
-        "save_strategy", "save_steps", "save_total_limit", "save_only_model", "save_on_each_node",
-        "enable_jit_checkpoint", "resume_from_checkpoint", "ignore_data_skip",
-        "restore_callback_states_from_checkpoint"),
-    "about 50 updates are logged, one line each": (
-        "logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter", "log_on_each_node"),
-    "the questions in dev are answered after the training, and keep chooses the checkpoint": (
-        "do_train", "do_eval", "do_predict", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start",
-        "eval_packing", "per_device_eval_batch_size", "load_best_model_at_end", "metric_for_best_model",
-        "greater_is_better"),
-    "base, dtype, load_in_4bit and kernels decide how the model is loaded": (
-        "model_init_kwargs", "trust_remote_code", "use_liger_kernel", "liger_kernel_config"),
-    "n_gpu, accelerate_config and the machine decide it": (
-        "use_cpu", "local_rank", "dataloader_pin_memory", "ddp_find_unused_parameters", "fsdp", "fsdp_config",
-        "deepspeed", "parallelism_config", "accelerator_config"),
+    "a checkpoint is saved after every epoch, and an interrupted training resumes from the last one":
+        ("save_", "enable_jit_checkpoint", "resume_from_checkpoint", "ignore_data_skip", "restore_callback_states"),
+    "about 50 updates are logged, one line each": ("logging_", "log_on_each_node"),
+    "the questions in dev are answered after the training, and keep chooses the checkpoint":
+        ("do_", "eval_", "per_device_eval", "load_best_model", "metric_for_best", "greater_is_better"),
+    "the parameter kernels decides it": ("use_liger_kernel", "liger_kernel_config"),
+    "n_gpu, accelerate_config and the machine decide it":
+        ("use_cpu", "local_rank", "dataloader_pin_memory", "ddp_find_unused", "fsdp", "deepspeed", "parallelism_config",
+         "accelerator_config"),
     "it would change the batch size during the training": ("auto_find_batch_size",),
     "the phase prepares the rows": ("remove_unused_columns", "length_column_name", "label_names"),
-    "`looper card --push` uploads a finished run": (
-        "push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push",
-        "hub_revision")}
+    "`looper card --push` uploads a finished run": ("push_to_hub", "hub_")}
 
 # %% ../nbs/lib/16_training.ipynb #130ead64
 def precision() -> str: # no, bf16 or fp16
@@ -85,7 +76,9 @@ class TrainerOptions:
         "warmup_steps": ranges.SIZE_OR_SHARE, "lr_scheduler_type": SCHEDULERS, "max_length": ranges.SIZE,
         "train_sampling_strategy": ("random", "sequential", "group_by_length"), "seed": ranges.SEED,
         "report_to": REPORTS}
-    FIXED = {name: reason for reason, names in _FIXED.items() for name in names} # option → what sets it instead
+    FIXED = {               # option → what sets it instead
+        f.name: reason for f in fields(TrainingArguments) for reason, names in _FIXED.items()
+        if f.name.startswith(names)} | {"model_init_kwargs": "the phase loads the model"}
 
     def check_trainer(self):
         "Raise `SettingsError` for an option that TRL's config class lacks, that is fixed, or that is out of range."
@@ -97,8 +90,8 @@ class TrainerOptions:
     def option(self, name: str):
         "The value of an option: the parameter's, else the project's, else TRL's default."
         chosen, field = OURS | self.trainer, self.CONFIG.__dataclass_fields__[name]
-        default = field.default_factory if field.default is dataclasses.MISSING else lambda: field.default
-        return chosen[name] if name in chosen else default()
+        if name in chosen: return chosen[name]
+        return field.default if field.default is not MISSING else field.default_factory()
 
     @property
     def options(self) -> dict: # option → value

@@ -4,7 +4,7 @@ import shutil
 import pytest
 import torch
 
-pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed here; `make test-4bit` installs it beside .venv and runs these tests")
+pytest.importorskip("bitsandbytes", reason="bitsandbytes is missing; `make test-4bit` installs it and runs these tests")
 
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
@@ -19,26 +19,30 @@ BASE = "data/pocket-base"
 
 @pytest.fixture
 def twins():
-    "The base in four bits, and a full base that holds the very same numbers, both with the same adapter."
+    "The base in four bits, and a full base with the same numbers, both with the same adapter."
     quantized, whole = models.load_base(BASE, load_in_4bit=True), models.load_base(BASE)
     for name, layer in quantized.named_modules():
-        if isinstance(layer, Linear4bit): whole.get_submodule(name).weight.data = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(whole.dtype)
-    found = [get_peft_model(model, models.lora_config()) for model in (quantized, whole)]
+        if not isinstance(layer, Linear4bit): continue
+        weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        whole.get_submodule(name).weight.data = weight.to(whole.dtype)
+    both = [get_peft_model(model, models.lora_config()) for model in (quantized, whole)]
     with torch.no_grad():
-        for (name, a), (_, b) in zip(*(m.named_parameters() for m in found)):
+        for (name, a), (_, b) in zip(*(m.named_parameters() for m in both)):
             if "lora" in name: b.copy_(a.normal_(std=.02))
-    return found
+    return both
 
 
 def test_projections_have_four_bits(twins):
     "All seven projections of a layer are quantized, and the model is smaller."
     quantized, whole = twins
-    assert {name.split(".")[-2] for name, m in quantized.named_modules() if isinstance(m, Linear4bit)} == set(models.PROJECTIONS)
-    assert quantized.base_model.model.get_memory_footprint() < whole.base_model.model.get_memory_footprint()
+    layers = [name for name, m in quantized.named_modules() if isinstance(m, Linear4bit)]
+    assert {name.split(".")[-2] for name in layers} == set(models.PROJECTIONS)
+    sizes = [m.base_model.model.get_memory_footprint() for m in (quantized, whole)]
+    assert sizes[0] < sizes[1]
 
 
 def test_gradients_are_those_of_the_same_numbers(twins):
-    "Also after an evaluation, as DPO's reference is one: bitsandbytes 0.50 by itself then loses 99 % of the gradient on a processor."
+    "Also after an evaluation, such as DPO's reference: bitsandbytes 0.50 alone then loses 99 % of the gradient on a CPU."
     ids = torch.arange(5, 65, device=models.device()).view(2, 30)
     losses, gradients = [], []
     for model in twins:

@@ -121,7 +121,7 @@ BAD = [
     ("1", "lora.lora_dropout", -1.0, "lora.lora_dropout must be at least 0"),
     ("1", "lora.lora_dropout", 1.0, "lora.lora_dropout must be at least 0 and below 1"),
     ("1", "lora.lora_dropout", NAN, "lora must be finite"),
-    ("1", "trainer.completion_only_loss", False, "trainer.completion_only_loss cannot be set: the rows are prompts"),
+    ("1", "trainer.completion_only_loss", False, "trainer.completion_only_loss cannot be set: rows are prompt"),
     ("1", "rollouts", "~nobody-here/r.jsonl", "rollouts: '~nobody-here/r.jsonl'"),
     # 02
     ("2", "questions", "gsm8k", "questions: 'gsm8k': neither a file nor"),

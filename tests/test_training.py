@@ -54,27 +54,29 @@ def test_two_processes_lose_what_one_loses(inputs, module, settings, phase, trai
 
 
 def test_sft_after_a_kill(small_run):
-    "kill -9 after the first epoch, then the phase again: the adapter of an unbroken training, and a checkpoint for each epoch."
+    "kill -9 after the first epoch, then the phase again: the adapter of an uninterrupted training."
     parameters = dict(trainer={"num_train_epochs": 2}, limit=40, dev="")
-    folders = [fresh("sft-unbroken"), fresh("sft-killed")]
+    folders = [fresh("sft-whole"), fresh("sft-killed")]
     process = start("sft", "SFTSettings", "main", small("01_sft", run=folders[1].name, **parameters))
     kill_when(process, lambda: training.checkpoints(folders[1] / "01_sft" / "adapter"))
     assert not (folders[1] / "01_sft" / "manifest.json").exists()
     for folder in folders: sft.main(sft.SFTSettings(**small("01_sft", run=folder.name, **parameters)))
-    unbroken, resumed = (f / "01_sft" / "adapter" for f in folders)
-    assert distance(unbroken, resumed) < 1e-5
+    whole, resumed = (f / "01_sft" / "adapter" for f in folders)
+    assert distance(whole, resumed) < 1e-5
     assert len(training.checkpoints(resumed)) == 2
     for folder in folders: shutil.rmtree(folder)
 
 
 def test_own_solutions_as_demonstrations(small_run):
-    "SFT on the right solutions of rollouts, by plain papermill; as many rows as distinct right solutions, and the held-out answers beside the adapter."
+    "SFT on the correct solutions of rollouts, by plain papermill: a row for each distinct one, and held-out answers."
     folder = fresh("self")
     rollouts = small_run / "02_rollouts" / "rollouts.jsonl"
-    done = papermill("01_sft", folder / "01_sft.ipynb", run=folder.name, targets="self", rollouts=str(rollouts), own_cap=2, keep="best")
+    parameters = dict(run=folder.name, targets="self", rollouts=str(rollouts), own_cap=2, keep="best")
+    done = papermill("01_sft", folder / "01_sft.ipynb", **parameters)
     assert done.returncode == 0, done.stderr[-3000:]
     manifest = read_json(folder / "01_sft" / "manifest.json")
-    distinct = [len({t["full_text"].strip() for t in r["trajectories"] if t["correct"] and t["finish_reason"] == "stop"}) for r in read_records(rollouts)]
+    usable = lambda t: t["correct"] and t["finish_reason"] == "stop"
+    distinct = [len({t["full_text"].strip() for t in r["trajectories"] if usable(t)}) for r in read_records(rollouts)]
     assert manifest["counts"]["rows"] == sum(min(2, n) for n in distinct) > 0
     assert manifest["metrics"]["heldout"]["n"] == SMALL["01_sft"]["dev_limit"]
     assert {r["stage"] for r in read_records(folder / "01_sft" / "heldout.jsonl")} == {"base", "epoch 1"}
