@@ -103,7 +103,6 @@ def _add_card(commands):
 def _ask(args, root: Path):
     "`looper ask`."
     from looper_math import ask
-    check_home("MODEL", args.model)
     print(ask.ask(args.model, args.question, args.gold, args.arm_set, args.preset, args.template, args.max_new_tokens,
                   args.plain, root=root))
 
