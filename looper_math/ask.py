@@ -104,7 +104,8 @@ def _model_of_adapter(name: str, folder: Path) -> Model:
     require(manifest is not None, f"{name}: no manifest.json beside this adapter, so its base and its prompt are not "
                                   f"known; the phase that trains it writes one when it is done, and {_ELSEWHERE}")
     parameters = _read_parameters(manifest)
-    longest = parameters.get("max_new_tokens", Model.max_new_tokens)
+    sampled = parameters.get("trainer", {}).get("max_completion_length", Model.max_new_tokens) # online RL
+    longest = parameters.get("max_new_tokens", sampled)
     return Model(name, parameters["base"], str(folder), parameters["template"], max_new_tokens=longest)
 
 # %% ../nbs/lib/29_ask.ipynb #9e10e69d

@@ -19,8 +19,9 @@ from .report import clock, costs, manifests, summarise, verdict_sentences
 # %% ../nbs/lib/28_cards.ipynb #5e00ac8c
 _TRAINER = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "seed")
 # phase → the parameters that a card reports
-CARD_PARAMETERS = {"01_sft": ("train", "targets", *_TRAINER), "04_dpo": ("loss", "beta", "nll_weight", *_TRAINER),
-                   "06_online_rl": ("algorithm", "temperature", "beta", "iterations", *_TRAINER)}
+CARD_PARAMETERS = {"01_sft": ("train", "targets", *_TRAINER),
+                   "04_dpo": ("loss_type", "loss_weights", "beta", *_TRAINER),
+                   "06_online_rl": ("algorithm", "temperature", "beta", "num_iterations", *_TRAINER)}
 
 LICENCE = {"license": "other", "license_name": "all-rights-reserved"} # the hub's metadata for a licence not in its list
 SIGNAL = "a proprietary multi-path coherence signal"

@@ -282,12 +282,12 @@ def _fall_criterion(log: list[dict], p: dict) -> Criterion:
 
 def _loss_criteria(means: list[float], p: dict, doc: Document) -> list[Criterion]:
     "The loss of each epoch within the document's range."
-    rows, plain = [], p["loss"] == "sigmoid" and not p["nll_weight"]
+    rows, plain = [], p["loss_type"] == ["sigmoid"]
     for k, (mean, (low, high)) in enumerate(zip(means, doc.losses), 1):
         name, number, bounds = f"loss of epoch {k}", f"{mean:.3f}", f"{low:g} to {high:g}"
         side = "below" if mean < low else "above"
         reason = f"{side} it, with learning_rate={p['learning_rate']:g} and beta={p['beta']:g}"
-        other = f"loss={p['loss']} and nll_weight={p['nll_weight']:g}: the document's numbers are of DPO's loss alone"
+        other = f"loss_type={', '.join(p['loss_type'])}: the document's numbers are of DPO's loss alone"
         rows.append(_judged(name, low <= mean <= high, number, bounds, doc.source, reason) if plain
                     else Criterion(name, "not applicable", number, bounds, doc.source, other))
     return rows

@@ -59,7 +59,7 @@ def test_sft_and_dpo_in_four_bits(small_run):
     folder = run_folder(f"{RUN}-four-bits")
     shutil.rmtree(folder, ignore_errors=True)
     sft.main(sft.SFTSettings(**small("01_sft", run=folder.name, load_in_4bit=True, limit=64)))
-    dpo.main(dpo.DPOSettings(**small("04_dpo", run=folder.name, load_in_4bit=True, control=False, adapter=str(folder / "01_sft" / "adapter"),
+    dpo.main(dpo.DPOSettings(**small("04_dpo", run=folder.name, load_in_4bit=True, control_cap=0, adapter=str(folder / "01_sft" / "adapter"),
                                      pairs=str(small_run / "03_preferences" / "pairs.jsonl"), rollouts=str(small_run / "02_rollouts" / "rollouts.jsonl"))))
     for phase in ("01_sft", "04_dpo"):
         manifest = read_json(folder / phase / "manifest.json")

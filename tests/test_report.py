@@ -32,12 +32,15 @@ def rollouts(arm_set, questions=20, tokens=(80, 300)):
     return records
 
 
+DPO = {"num_train_epochs": 3, "learning_rate": 5e-5, "beta": .1, "loss_type": ["sigmoid"]}
+
+
 def finished(folder, preset, changes=None, losses=(.62, .48, .38), **sizes):
     "A run of Abel-7B, its rollouts and pairs made by the project's code, its training and evaluation invented."
     arm_set = find_preset(preset).arm_set
     p = {"02_rollouts": ABEL | {"arm_set": arm_set, "limit": 20, "questions": "openai/gsm8k", "preset": preset},
          "03_preferences": {"policy": "all", "coherence": "best-worst", "threshold": .01, "cap": 4, "preset": preset},
-         "04_dpo": ABEL | {"beta": .1, "loss": "sigmoid", "nll_weight": 0.},
+         "04_dpo": ABEL,
          "05_eval": ABEL | {"questions": "madrylab/gsm8k-platinum", "limit": 0, "models": {}}}
     p = {phase: values | (changes or {}).get(phase, {}) for phase, values in p.items()}
     scored = list(score_records(rollouts(arm_set, **sizes), preset))
@@ -51,7 +54,7 @@ def finished(folder, preset, changes=None, losses=(.62, .48, .38), **sizes):
               "sentence": "dpo scores 2.9 points higher than sft."}
     models = {"base": score(972), "sft": score(985), "dpo": score(1020)}
     metrics = {"03_preferences": reward_terms(scored, preset),
-               "04_dpo": {"trainer": {"num_train_epochs": 3, "learning_rate": 5e-5}},
+               "04_dpo": {"trainer": DPO | (changes or {}).get("04_dpo", {}).get("trainer", {})},
                "05_eval": (test := {"models": models, "paired": {"dpo_vs_sft": change}}) |
                           {"sets": {"test": test}, "sampled": {}, "warnings": ["sft < base"]}}
     for phase, values in p.items():
@@ -134,8 +137,8 @@ def test_the_losses_of_the_deployment_guide_hold_for_its_loss_only(tmp_path):
     assert finished(tmp_path / "a", "platinum-11").verdict[names].tolist() == ["pass"] * 3
     high = finished(tmp_path / "b", "platinum-11", losses=(.69, .69, .69)).loc[names[2]]
     assert (high.verdict, high.reason) == ("fail", "above it, with learning_rate=5e-05 and beta=0.1")
-    mixed = finished(tmp_path / "c", "platinum-11", {"04_dpo": {"nll_weight": 1.}})
-    assert set(mixed.verdict[names]) == {"not applicable"} and "nll_weight=1" in mixed.reason[names[0]]
+    mixed = finished(tmp_path / "c", "platinum-11", {"04_dpo": {"trainer": {"loss_type": ["sigmoid", "sft"]}}})
+    assert set(mixed.verdict[names]) == {"not applicable"} and "loss_type=sigmoid, sft" in mixed.reason[names[0]]
     assert not any("loss of" in name for name in finished(tmp_path / "d", "guide-8").index)   # its guide states none
 
 

@@ -1,4 +1,7 @@
 "Training on several processes, after a kill, on own solutions, and with its control."
+import collections
+import dataclasses
+import json
 import shutil
 
 import pytest
@@ -30,14 +33,22 @@ def fresh(name: str):
 @pytest.fixture
 def inputs(small_run):
     "What phase 4 reads, from the small run."
-    return dict(adapter=str(small_run / "01_sft" / "adapter"), pairs=str(small_run / "03_preferences" / "pairs.jsonl"), rollouts=str(small_run / "02_rollouts" / "rollouts.jsonl"))
+    files = {"adapter": "01_sft/adapter", "pairs": "03_preferences/pairs.jsonl",
+             "rollouts": "02_rollouts/rollouts.jsonl"}
+    return {name: str(small_run / path) for name, path in files.items()}
 
 
-@pytest.mark.parametrize("module, settings, phase, trained", [(sft, sft.SFTSettings, "01_sft", "adapter"), (dpo, dpo.DPOSettings, "04_dpo", "trained")], ids=["sft", "dpo"])
+PLAIN = {"loss_type": ["sigmoid"], "loss_weights": None}   # DPO without its likelihood term
+
+
+@pytest.mark.parametrize("module, settings, phase, trained", [
+    (sft, sft.SFTSettings, "01_sft", "adapter"), (dpo, dpo.DPOSettings, "04_dpo", "trained")], ids=["sft", "dpo"])
 def test_two_processes_lose_what_one_loses(inputs, module, settings, phase, trained):
-    "Half the batch on each of two processes: the loss of every update is that of one process with the whole batch, to 0.1 %. (DPO's likelihood term is a mean over the tokens of a process, so it is left out here.)"
-    options = {"learning_rate": 1e-3, "num_train_epochs": 1, "bf16": False}
-    shared = {"dev": ""} | (inputs | dict(control=False, nll_weight=0.) if phase == "04_dpo" else {"limit": 40})
+    """Half the batch on each of two processes: every update has the loss of one process with the whole batch, to 0.1 %.
+
+    DPO's likelihood term is a mean over the tokens of a process, so it is left out here."""
+    options = {"learning_rate": 1e-3, "num_train_epochs": 1, "bf16": False} | (PLAIN if phase == "04_dpo" else {})
+    shared = {"dev": ""} | (inputs | {"control_cap": 0} if phase == "04_dpo" else {"limit": 40})
     logs = []
     for n in (1, 2):
         folder = fresh(f"{n}-processes")
@@ -48,7 +59,8 @@ def test_two_processes_lose_what_one_loses(inputs, module, settings, phase, trai
         logs.append(training.history(getattr(s, trained)).loss)
         shutil.rmtree(folder)
     rows = len(read_records(inputs["pairs"])) if phase == "04_dpo" else shared["limit"]
-    one, two = (log.iloc[:rows // 8] for log in logs)   # a last batch that is not full is filled up with repeated rows on two processes
+    # On two processes a last batch that is not full is filled up with repeated rows.
+    one, two = (log.iloc[:rows // 8] for log in logs)
     assert len(one) >= 3 and list(one.index) == list(two.index)
     assert (abs(one - two) / one).max() < 1e-3, (one.tolist(), two.tolist())
 
@@ -91,26 +103,42 @@ def test_the_control_is_trained_beside_dpo(inputs):
     steps = [read_json(f / "trainer_state.json")["global_step"] for f in (s.trained, s.controlled)]
     assert steps[0] == steps[1] > 0
     assert distance(s.trained, s.controlled) > 1e-4
-    assert [r["stage"] for r in read_records(s.folder / "heldout.jsonl")][:: SMALL["04_dpo"]["dev_limit"]] == ["SFT", "epoch 1", "epoch 2", "control"]
+    stages = dict.fromkeys(r["stage"] for r in read_records(s.folder / "heldout.jsonl"))
+    assert list(stages) == ["SFT", "epoch 1", "epoch 2", "control"]
     shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("loss, options", [("sigmoid_norm", dict(trainer={"gradient_checkpointing": True})), ("ipo", dict(trainer={"train_sampling_strategy": "group_by_length"})), ("hinge", dict(precompute_reference=False)), ("robust", dict(label_smoothing=.1))])
+def test_the_controls_options(inputs):
+    "DPO's, without the loss; twice the rows in a batch, DPO's updates, and a warm-up of the same share of them."
+    trainer = {"learning_rate": .001, "warmup_steps": .2, "weight_decay": .1}
+    s = dpo.DPOSettings(**small("04_dpo", trainer=trainer, control_trainer={"learning_rate": .002}, **inputs))
+    config = dpo.control_config(s, rows=100, updates=40)
+    assert (config.max_steps, config.warmup_steps, config.per_device_train_batch_size) == (40, 8, 8)
+    assert (config.learning_rate, config.weight_decay, config.completion_only_loss) == (.002, .1, True)
+    own = dataclasses.replace(s, control_trainer={"per_device_train_batch_size": 3, "warmup_steps": 2})
+    config = dpo.control_config(own, rows=100, updates=40)
+    assert (config.learning_rate, config.warmup_steps, config.per_device_train_batch_size) == (.001, 2, 3)
+
+
+@pytest.mark.parametrize("loss, options", [
+    ("sigmoid_norm", {"gradient_checkpointing": True}), ("ipo", {"train_sampling_strategy": "group_by_length"}),
+    ("hinge", {"precompute_ref_log_probs": False}), ("robust", {"label_smoothing": .1})])
 def test_every_loss_trains(inputs, loss, options):
     "Each loss with an option of the trainer: from a reference that equals the policy to an adapter that moved."
     folder = fresh(f"loss-{loss}")
-    dpo.main(dpo.DPOSettings(**small("04_dpo", run=folder.name, loss=loss, nll_weight=0., control=False, dev="") | inputs | options))
+    trainer = PLAIN | {"loss_type": [loss]} | options
+    dpo.main(dpo.DPOSettings(**small("04_dpo", run=folder.name, trainer=trainer, control_cap=0, dev="", **inputs)))
     assert read_json(folder / "04_dpo" / "manifest.json")["metrics"]["adapter_moved_by"] > 0
     shutil.rmtree(folder)
 
 
 def test_the_best_epoch_of_dpo_and_of_its_control(inputs):
-    "Under keep = best both give up their last epoch for an earlier one that answers at least as well."
+    "Under keep = best the earliest epoch with the most right answers is kept, of DPO and of its control."
     folder = fresh("best")
     s = dpo.DPOSettings(**small("04_dpo", run=folder.name, keep="best", dev_limit=40, **inputs))
     dpo.main(s)
-    right = {}
-    for row in read_records(s.folder / "heldout.jsonl"): right[row["stage"]] = right.get(row["stage"], 0) + row["correct"]
+    right = collections.Counter()
+    for row in read_records(s.folder / "heldout.jsonl"): right[row["stage"]] += row["correct"]
     for trained, name in ((s.trained, "epoch"), (s.controlled, "control, epoch")):
         epochs = [right[f"{name} {i}"] for i in range(1, len(training.checkpoints(trained)) + 1)]
         assert distance(trained, training.checkpoints(trained)[epochs.index(max(epochs))]) == 0
@@ -119,12 +147,14 @@ def test_the_best_epoch_of_dpo_and_of_its_control(inputs):
 
 @pytest.mark.parametrize("source", ["pairs", "rollouts"])
 def test_held_out_questions_may_not_be_trained_on(inputs, tmp_path, source):
-    "Refused before anything is written, whether DPO would train on the question or only its control."
+    "Refused before anything is written, whether DPO would train on the question or only its control would."
     folder = fresh("leak")
     paired = {p["question"] for p in read_records(inputs["pairs"])}
-    asked = next(q for r in read_records(inputs["rollouts"]) if ((q := r["question"]) in paired) == (source == "pairs"))
-    leak = next(q for q in load_questions("data/pocket/practice.jsonl") if q["question"] == asked)
-    (tmp_path / "dev.jsonl").write_text('{"question": "%s", "answer": "Answer: %s"}\n' % (leak["question"], leak["gold_answer"]))
+    questions = [r["question"] for r in read_records(inputs["rollouts"])]
+    trained = next(q for q in questions if (q in paired) == (source == "pairs"))
+    leak = next(q for q in load_questions("data/pocket/practice.jsonl") if q["question"] == trained)
+    row = {"question": leak["question"], "answer": f"Answer: {leak['gold_answer']}"}
+    (tmp_path / "dev.jsonl").write_text(json.dumps(row) + "\n")
     done = papermill("04_dpo", tmp_path / "out.ipynb", run=folder.name, dev=str(tmp_path / "dev.jsonl"), **inputs)
     assert done.returncode != 0 and f"are also in {inputs[source]}" in done.stderr
     assert not folder.exists()

@@ -208,7 +208,7 @@ def two_epochs(small_run):
     "DPO over two epochs, with its folder of checkpoints, one an epoch; and the same folder as a kill leaves it."
     folder = fresh("two-epochs")
     inputs = {"adapter": str(small_run / "01_sft/adapter"), "pairs": str(small_run / "03_preferences/pairs.jsonl")}
-    s = dpo.DPOSettings(**small("04_dpo", run=folder.name, control=False, dev_limit=4, **inputs))
+    s = dpo.DPOSettings(**small("04_dpo", run=folder.name, control_cap=0, dev_limit=4, **inputs))
     dpo.main(s)
     assert len(training.checkpoints(s.trained)) == 2
     yield s
