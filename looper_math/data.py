@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 from .answers import find_answer, format_answer, parse_answer, read_answer
 from .prompts import CANONICAL, TEMPLATE, build_prompt
-from .records import RecordWriter, SettingsError, nearest, resolve
+from .records import SettingsError, nearest, resolve
+from .shards import write_records
 
 # %% ../nbs/lib/06_data.ipynb #295b1f66
 def question_id(question: str) -> str: # 16 hexadecimal digits
@@ -207,7 +208,7 @@ def _check_thinking(prompt: str, completion: str):
     opened, closed = text.count(THINK_START), text.count(THINK_END)
     if opened != closed:
         raise DataError(f"a solution has {opened} {THINK_START} and {closed} {THINK_END}, including the template's: "
-                        f"{completion[:60]!r}. Make the rollouts with the template that is used for training")
+                        f"{completion[:60]!r}. Make the rollouts under the template of the training")
 
 def own_solutions(records: list[dict], # rollout records
                   cap: int = 4, # most solutions of one question
@@ -277,12 +278,11 @@ def _unreachable(files: dict[Path, HubFile], error: OSError) -> DataError:
                      f"with question and answer a line: {'; '.join(missing)}")
 
 def _store(path: Path, file: HubFile, rows):
-    "Write question and answer of each row to a file that appears by rename once it is complete."
-    draft = path.with_suffix(".tmp")
-    draft.unlink(missing_ok=True)
-    with RecordWriter(draft) as writer: writer.append([{k: row[k] for k in ("question", "answer")} for row in rows])
-    _check_count(load_questions(draft), path, file.questions)
-    draft.replace(path)
+    "Check the rows, and write question and answer of each to a file that appears by rename."
+    records = [{k: row[k] for k in ("question", "answer")} for row in rows]
+    questions = _distinct((f"{file.name}:{file.split}, row {k}", record) for k, record in enumerate(records, 1))
+    _check_count(questions, path, file.questions)
+    write_records(path, records)
 
 def fetch(folder: str | Path = "data", # where to save the files; a relative path starts at the project's root
           download=_download # called with a `HubFile`

@@ -1,17 +1,20 @@
-"Properties of final answers that must hold for any text, not only for the examples on the page."
+"Properties of final answers that hold for any text, not only for the examples of the notebook."
 import json
 from fractions import Fraction
 
 import pytest
 from hypothesis import assume, example, given, strategies as st
 
-from looper_math.answers import MODES, extract_answer, find_answer, find_numbers, format_answer, parse_answer, same_answer, split_reasoning
+from looper_math import answers
+from looper_math.answers import MODES, extract_answer, find_answer, format_answer, parse_answer, same_answer
 from looper_math.data import DataError, gold_answer, load_questions, sft_target
 
 fractions = st.fractions()
-pieces = st.lists(st.sampled_from(["Answer:", "####", "\\boxed{", "}", "{", "1", "0", "/", ",", ".", "-", "−", "$", "%", "e", "=", "(", "\n",
-                                   " ", "**", "½", "\\frac", "٣", "apples", "½/0", "1e9999", "\\,", "{,}", "\r", "\x85", "\u2028"]), max_size=40)
-texts = st.text() | pieces.map("".join)
+PIECES = ["Answer:", "####", "\\boxed{", "}", "{", "1", "0", "/", ",", ".", "-", "−", "$", "%", "e", "=", "(", "\n",
+          " ", "**", "½", "\\frac", "٣", "apples", "½/0", "1e9999", "\\,", "{,}", "\r", "\x85", "\u2028"]
+texts = st.text() | st.lists(st.sampled_from(PIECES), max_size=40).map("".join)
+FORMS = ["Answer: {}", "**Answer:** {}.", "answer: ${} each", "#### {}", "\\boxed{{{}}}", "Answer: **{}**",
+         "Answer:\n\n{} apples", "Answer: x = {}", "**Answer**: {} (as 1 + 1 = 2)"]
 
 
 @given(texts)
@@ -21,12 +24,12 @@ def test_any_text_is_read_without_an_error(text):
     for mode in MODES:
         value = extract_answer(text, mode)
         assert value is None or isinstance(value, Fraction)
-    assert text.startswith(split_reasoning(text))
+    assert text.startswith(answers.split_reasoning(text))
     assert parse_answer(text) is None or isinstance(parse_answer(text), Fraction)
 
 
 @given(texts)
-def test_strict_is_flexible_where_it_answers(text):
+def test_a_strict_answer_is_also_the_flexible_one(text):
     strict = extract_answer(text, "strict")
     assert (strict is not None) == (find_answer(text) is not None)
     if strict is not None:
@@ -34,13 +37,16 @@ def test_strict_is_flexible_where_it_answers(text):
 
 
 @given(texts, texts)
-def test_thoughts_hold_no_answer(thoughts, text):
-    assume("think>" not in thoughts + text)
+def test_no_answer_is_read_from_the_thinking(thinking, text):
+    assume("think>" not in thinking + text)
     for mode in MODES:
-        assert extract_answer(f"<think>{thoughts}</think>{text}", mode) == extract_answer(f"{thoughts}</think>{text}", mode) == extract_answer(text, mode)
-        assert extract_answer(f"<think>{thoughts}", mode) is extract_answer(f"{text}</think>{text}<think>{thoughts}", mode) is None
-    if thoughts.strip():
-        assert split_reasoning(f"<think>{thoughts}</think>{text}") == thoughts.strip()
+        answer = extract_answer(text, mode)
+        assert extract_answer(f"<think>{thinking}</think>{text}", mode) == answer
+        assert extract_answer(f"{thinking}</think>{text}", mode) == answer
+        assert extract_answer(f"<think>{thinking}", mode) is None
+        assert extract_answer(f"{text}</think>{text}<think>{thinking}", mode) is None
+    if thinking.strip():
+        assert answers.split_reasoning(f"<think>{thinking}</think>{text}") == thinking.strip()
 
 
 @given(fractions)
@@ -50,18 +56,17 @@ def test_format_and_parse_are_inverse(value):
     assert same_answer(value, format_answer(value))
 
 
-@given(st.integers(-10**12, 10**12), st.sampled_from(["Answer: {}", "**Answer:** {}.", "answer: ${} each", "#### {}", "\\boxed{{{}}}", "Answer: **{}**",
-                                                      "Answer:\n\n{} apples", "Answer: x = {}", "**Answer**: {} (as 1 + 1 = 2)"]))
-def test_every_announcement_is_read_with_and_without_commas(value, form):
+@given(st.integers(-10**12, 10**12), st.sampled_from(FORMS))
+def test_an_announced_number_is_read_with_and_without_commas(value, form):
     reasoning = "First 3 + 4 = 7, then 99."
     for written in (str(value), f"{value:,}", str(value).replace("-", "−")):
         text = f"{reasoning}\n{form.format(written)}"
         assert extract_answer(text, "strict") == value
-        assert split_reasoning(text) == reasoning
+        assert answers.split_reasoning(text) == reasoning
 
 
 @given(st.one_of(st.none(), fractions, st.text(max_size=8)), st.one_of(st.none(), fractions, st.text(max_size=8)))
-def test_agreement_is_symmetric_and_nothing_agrees_with_nothing(a, b):
+def test_agreement_is_symmetric_and_missing_answers_do_not_agree(a, b):
     assert same_answer(a, b) == same_answer(b, a)
     assert same_answer(a, a) == (parse_answer(a) is not None)
     assert not same_answer(None, b)
@@ -77,7 +82,7 @@ def test_thousands_of_digits(digits):
 
 @pytest.mark.parametrize("text", ["7" * 10_001, "7" * 50_000, "1/" + "7" * 10_001, "12e9999"])
 def test_a_longer_number_is_none(text):
-    "It is passed over as a whole: no part of it is taken for the answer, and another number may still be."
+    "It is skipped as a whole: no part of it is taken for the answer, but another number may be."
     assert extract_answer(text) is extract_answer(f"Answer: {text}") is parse_answer(text) is None
     assert extract_answer(f"8 and {text}") == 8
 
@@ -85,7 +90,7 @@ def test_a_longer_number_is_none(text):
 @pytest.mark.parametrize("number", ["3,50", "1,23,456", "1,2345", "1.234,56", "1 000", "10:30", "3/4/5", "2^10", "5-7",
                                     "3, 4", "62 + 3x", "2 million"])
 @pytest.mark.parametrize("form", ["{}", "#### {}", "so 7\nAnswer: {}", "\\boxed{{7}}\n#### {}.", "\\boxed{{{}}}"])
-def test_a_gold_answer_whose_number_goes_on_is_refused(tmp_path, number, form):
+def test_an_ambiguous_gold_answer_is_refused(tmp_path, number, form):
     answer = form.format(number)
     assert gold_answer(answer) is None
     lines = [json.dumps({"question": f"Q{k}?", "answer": a}) for k, a in enumerate(["7", answer])]
@@ -103,7 +108,7 @@ def test_a_gold_answer_that_stands_alone_is_read(number, value):
     assert gold_answer(f"#### {number}") == gold_answer(f"Answer: {number}\n") == value
 
 
-def test_the_last_marker_counts_and_an_empty_one_gives_way():
+def test_the_last_marker_counts_and_an_empty_one_is_skipped():
     assert extract_answer("Answer: 4\nAnswer: 5", "strict") == 5
     assert extract_answer("Answer: 4\nAnswer: none", "strict") is None
     assert extract_answer("#### 6\nAnswer: none", "strict") == 6
@@ -119,4 +124,4 @@ def test_a_solution_is_not_an_answer():
 
 
 def test_positions_cover_the_numbers():
-    assert [(s, e) for s, e, _ in find_numbers("1,000 or -$5")] == [(0, 5), (9, 12)]
+    assert [(s, e) for s, e, _ in answers.find_numbers("1,000 or -$5")] == [(0, 5), (9, 12)]

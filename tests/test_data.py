@@ -36,7 +36,8 @@ BAD = {
     "no gold": (line(answer="She has 3 apples left."), ["'answer' has no gold number", "#### N", "Answer: N"]),
     "gold in words": (line(answer="1+2=3\n#### three"), ["no gold number", "three"]),
     "surrogate": (line(question="How \ud800 many?"), ["'question'", "surrogate"]),
-    "twice": (line() + line(question="Another?") + line(question=" how  MANY? "), ["line 3", "line 1", "same question"]),
+    "twice": (line() + line(question="Another?") + line(question=" how  MANY? "),
+              ["line 3", "line 1", "same question"]),
 }
 
 

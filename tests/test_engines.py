@@ -1,4 +1,4 @@
-"Samples that depend on their request alone, children that end with their parent, and pickled checkpoints of a hub."
+"Samples that depend on their request alone, engines that end with their parent, and pickled checkpoints of a hub."
 import os
 import shutil
 import signal
@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
@@ -29,7 +30,8 @@ def pocket(): return models.load_base(BASE), models.load_tokenizer(BASE)
 def requests():
     "The arms of four questions, shorter and longer."
     questions = load_questions("data/pocket/practice.jsonl", limit=4)
-    return [engines.Request(f"{q['question_id']}/{a.name}", build_prompt(q["question"], a.instruction), a.temperature, a.top_p, sample_seed(a, q["question_id"]), 12 + k % 9)
+    return [engines.Request(f"{q['question_id']}/{a.name}", build_prompt(q["question"], a.instruction), a.temperature,
+                            a.top_p, sample_seed(a, q["question_id"]), 12 + k % 9)
             for q in questions for k, a in enumerate(arms())]
 
 
@@ -46,22 +48,44 @@ def test_a_sample_is_a_function_of_its_request(data, requests, together, pocket)
     assert made == [together[r.id] for r in chosen]
 
 
-def test_an_engine_does_not_outlive_a_killed_parent():
-    "The engine's process ends although it is in the middle of its work."
-    serving = "import time; from looper_math.serving import serve; serve(lambda settings: lambda jobs: time.sleep(600))"
-    parent = f"import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', {serving!r}], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True); print(1, file=p.stdin); print([], file=p.stdin, flush=True); p.stdout.readline(); print(p.pid, flush=True); time.sleep(600)"
-    process = subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    child = int(process.stdout.readline())
-    os.kill(child, 0)
-    process.send_signal(signal.SIGKILL)
+ENGINE = "import time; from looper_math.serving import serve; serve(lambda settings: lambda jobs: time.sleep(600))"
+PARENT = f"""
+import time
+from looper_math.serving import Child
+print("the parent's script runs", flush=True)
+child = Child({ENGINE!r})
+child.send({{}})
+child.receive()
+child.send(["long"])
+print(child.process.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def has_ended(pid):
+    try: return ") Z " in Path(f"/proc/{pid}/stat").read_text()    # ended, and not yet fetched by init
+    except (FileNotFoundError, ProcessLookupError): return True
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_an_engine_does_not_outlive_its_parent(how, tmp_path):
+    """The engine ends although it is in the middle of its work, whether its parent is killed or interrupted.
+
+    The parent is a script without a `__main__` guard, and the engine does not run it again."""
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    process = subprocess.Popen([sys.executable, str(script)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                               stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert process.stdout.readline() == "the parent's script runs\n"
+    engine = int(process.stdout.readline())
+    assert not has_ended(engine)
+    process.send_signal(how)
     process.wait()
+    assert process.stdout.read() == ""
     deadline = time.time() + 10
-    while time.time() < deadline:
-        try: os.kill(child, 0)
-        except ProcessLookupError: break
-        if ") Z " in open(f"/proc/{child}/stat").read(): break    # ended, and not yet fetched by init
+    while not has_ended(engine):
+        assert time.time() < deadline, "the engine is still running"
         time.sleep(.05)
-    else: pytest.fail("the engine is still running")
     process.stdout.close()
 
 
@@ -74,7 +98,8 @@ def hub(tmp_path, monkeypatch):
     (snapshot / "model.safetensors").unlink()
     shards = {f"pytorch_model-0000{k + 1}-of-00002.bin": dict(list(weights.items())[k::2]) for k in range(2)}
     for name, part in shards.items(): torch.save(part, snapshot / name)
-    write_json(snapshot / "pytorch_model.bin.index.json", {"metadata": {}, "weight_map": {w: name for name, part in shards.items() for w in part}})
+    weight_map = {w: name for name, part in shards.items() for w in part}
+    write_json(snapshot / "pytorch_model.bin.index.json", {"metadata": {}, "weight_map": weight_map})
     refs = tmp_path / "hub/models--someone--pickled/refs"
     refs.mkdir()
     (refs / "main").write_text("0123abcd")
@@ -85,14 +110,14 @@ def hub(tmp_path, monkeypatch):
 
 
 def test_a_pickled_hub_model_is_converted_once(hub, monkeypatch):
-    "By whoever comes first, while the others wait; then all load the same safetensors."
+    "By the first of several threads, while the others wait; then all load the same safetensors."
     calls, convert = [], models._convert
     monkeypatch.setattr(models, "_convert", lambda *a: (calls.append(a), convert(*a)))
-    found = []
-    threads = [threading.Thread(target=lambda: found.append(models.source("someone/pickled"))) for _ in range(3)]
+    sources = []
+    threads = [threading.Thread(target=lambda: sources.append(models.source("someone/pickled"))) for _ in range(3)]
     for t in threads: t.start()
     for t in threads: t.join()
-    assert len(calls) == 1 and len(set(found)) == 1
+    assert len(calls) == 1 and len(set(sources)) == 1
     loaded = models.load_base("someone/pickled").state_dict()
     assert all(torch.equal(loaded[k], w) for k, w in hub.items())
     with pytest.raises(FileNotFoundError): models.source("someone/else")

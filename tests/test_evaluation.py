@@ -12,22 +12,24 @@ import pytest
 from conftest import papermill
 from safetensors.torch import load_file, save_file
 
-from looper_math import cards, cli, criteria, evaluation, report
+from looper_math import audit, cards, cli, criteria, evaluation, report
 from looper_math.grading import VERDICTS
 from looper_math.records import ROOT, RunConflict, SettingsError, read_json, read_records, run_folder, write_json
 from looper_math.runs import parameters_of
 
 RUN = "pytest-eval"
-FAST = {"limit": 20, "chunk": 8, "samples": 2, "sampled_questions": 4, "sampled_models": 1, "arm_set": "guide-8", "harder": "", "max_new_tokens": 120}
+FAST = {"limit": 20, "chunk": 8, "sampling": {"n": 2, "models": 1, "questions": 4}, "arm_set": "guide-8", "harder": "",
+        "max_new_tokens": 120}
 
 
-FASTEST = {"limit": 2, "samples": 0, "arm_set": "", "styles": ["training"]}
+FASTEST = {"limit": 2, "sampling": {}, "arm_set": "", "styles": ["training"]}
 
 def settings(adapter, run=RUN, **changes):
     "The notebook's parameters, cut down; three models, two of which are the same."
     defaults = {name: p.default for name, p in parameters_of(ROOT / "nbs/05_eval.ipynb").items()}
     models = {"base": "", "copy": "data/pocket-base", "sft": adapter}
-    return evaluation.EvalSettings(**defaults | FAST | {"run": run, "models": models, "comparisons": [], "styles": ["training", "five-shot"]} | changes)
+    small = FAST | {"run": run, "models": models, "comparisons": [], "styles": ["training", "five-shot"]}
+    return evaluation.EvalSettings(**defaults | small | changes)
 
 
 def answers(s):
@@ -47,17 +49,23 @@ def done(random_adapter):
 
 def test_files_and_counts(done):
     rows = {p.stem: pd.DataFrame(read_records(p)) for p in done.folder.glob("*.jsonl")}
-    assert set(rows) == {"test-base", "test-copy", "test-sft", "test-base-five-shot", "test-copy-five-shot", "test-sft-five-shot", "test-sft-samples", "test-sft-arms"}
-    assert {name: len(r) for name, r in rows.items() if "sft" in name} == {"test-sft": 20, "test-sft-five-shot": 20, "test-sft-samples": 8, "test-sft-arms": 32}
-    assert (rows["test-base"].completion == rows["test-copy"].completion).all() and (rows["test-base"].completion != rows["test-sft"].completion).any()
+    greedy = {f"test-{model}{style}" for model in ("base", "copy", "sft") for style in ("", "-five-shot")}
+    assert set(rows) == greedy | {"test-sft-samples", "test-sft-arms"}
+    assert {len(rows[name]) for name in greedy} == {20}
+    assert (len(rows["test-sft-samples"]), len(rows["test-sft-arms"])) == (8, 32)
+    completions = {name: rows[f"test-{name}"].completion for name in ("base", "copy", "sft")}
+    assert (completions["base"] == completions["copy"]).all() and (completions["base"] != completions["sft"]).any()
     assert all(set(VERDICTS) <= set(r) for r in rows.values()) and rows["test-sft-arms"]["sample"].nunique() == 8
-    assert set(rows["test-sft"].temperature) == {0} and set(rows["test-sft-samples"].temperature) == {done.temperature}
+    assert set(rows["test-sft"].temperature) == {0} and set(rows["test-sft-samples"].temperature) == {0.7}
     metrics = evaluation.open_phase(done).manifest["metrics"]
-    assert metrics["models"]["base"]["correct"] == rows["test-base"].correct.sum() and metrics["paired"]["copy_vs_base"]["gained"] == metrics["paired"]["copy_vs_base"]["lost"] == 0
-    assert set(metrics["paired"]) == {f"{b}{s}_vs_{a}{s}" for s in ("", "-five-shot") for a, b in done.pairs}
-    assert all(c["p_holm"] >= c["p"] for c in metrics["paired"].values()) and metrics["sampled"]["sft-samples"]["k"] == 2 and metrics["sampled"]["sft-arms"]["k"] == 8
-    again = evaluation.rescore(done.folder / "test-base.jsonl")
-    assert again.accuracy == (metrics["models"]["base"]["correct"], 20) and not again.findings["recorded verdict differs"] and not again.findings["prompt echo"]
+    assert metrics["models"]["base"]["correct"] == rows["test-base"].correct.sum()
+    assert metrics["paired"]["copy_vs_base"]["gained"] == metrics["paired"]["copy_vs_base"]["lost"] == 0
+    assert set(metrics["paired"]) == {f"{b}{s}_vs_{a}{s}" for s in ("", "-five-shot") for a, b in done.eval_models.pairs}
+    assert all(c["p_holm"] >= c["p"] for c in metrics["paired"].values())
+    assert (metrics["sampled"]["sft-samples"]["k"], metrics["sampled"]["sft-arms"]["k"]) == (2, 8)
+    again = audit.rescore(done.folder / "test-base.jsonl")
+    assert again.accuracy == (metrics["models"]["base"]["correct"], 20)
+    assert not again.findings["recorded verdict differs"] and not again.findings["prompt echo"]
 
 
 def test_two_processes_give_the_same_bytes(done, random_adapter):
@@ -70,7 +78,8 @@ def test_two_processes_give_the_same_bytes(done, random_adapter):
 
 def kill_at(s, shard):
     "Evaluate in a process of its own, and kill it when this shard has a row."
-    code = "import json, sys; from looper_math import evaluation as e; e.run_phase(e.EvalSettings(**json.loads(sys.argv[1])))"
+    code = ("import json, sys; from looper_math.evaluation import EvalSettings, run_phase; "
+            "run_phase(EvalSettings(**json.loads(sys.argv[1])))")
     process = subprocess.Popen([sys.executable, "-c", code, json.dumps(vars(s))], cwd=ROOT, stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL)
     deadline = time.time() + 120
@@ -160,7 +169,7 @@ def test_what_else_changed_is_refused(done, random_adapter):
     before = answers(done)
     for change, message in [({"models": {"sft": ""}}, "model 'sft' is .* there and '' now"),
                             ({"limit": 21}, "limit: 20 there, 21 now"),
-                            ({"models": {"new": ""}, "temperature": .5}, "temperature: 0.7 there, 0.5 now"),
+                            ({"models": {"new": ""}, "sampling": {"n": 3}}, r"sampling: .*'n': 2.* there, .*'n': 3"),
                             ({"comparisons": [["base", "sft"]]}, r"comparisons are \[\] there and \[\['base', 'sft'")]:
         with pytest.raises(RunConflict, match=message): evaluation.run_phase(replace(done, **change))
     with pytest.raises(FileNotFoundError, match="no such model folder"):
@@ -210,9 +219,12 @@ def test_two_commands_of_papermill(random_adapter):
 
 def test_a_model_that_is_not_there_is_refused_by_the_runner():
     "Before the first phase, and a model that an earlier phase of the call will make is not."
-    looper = [str(os.path.join(os.path.dirname(sys.executable), "looper")), "run", "smoke", "--run", "pytest-missing-model"]
-    bad = subprocess.run([*looper, "-p", "05_eval.models={base: '', dpo: 04_dpo/adapter, other: 07_none/adapter}"], cwd=ROOT, capture_output=True, text=True)
-    assert bad.returncode == 2 and "05_eval.models.other: there is no outputs/pytest-missing-model/07_none/adapter" in bad.stderr, bad.stderr
+    program = os.path.join(os.path.dirname(sys.executable), "looper")
+    looper = [program, "run", "smoke", "--run", "pytest-missing-model"]
+    models = "05_eval.models={base: '', dpo: 04_dpo/adapter, other: 07_none/adapter}"
+    bad = subprocess.run([*looper, "-p", models], cwd=ROOT, capture_output=True, text=True)
+    message = "05_eval.models.other: there is no outputs/pytest-missing-model/07_none/adapter"
+    assert bad.returncode == 2 and message in bad.stderr, bad.stderr
     assert not run_folder("pytest-missing-model").exists()
 
 
@@ -221,7 +233,9 @@ def finished(done):
     "The evaluated run, made whole by stand-ins for the manifests of phases 2 and 3."
     folder = run_folder(RUN)
     common = {"git_commit": "", "versions": {}}
-    write_json(folder / "02_rollouts/manifest.json", common | {"parameters": {"arm_set": "guide-8", "preset": "guide-8", "questions": "q.jsonl"}, "counts": {"questions": 3, "trajectories": 24}, "metrics": {"accuracy": .5}})
+    sampled = common | {"parameters": {"arm_set": "guide-8", "preset": "guide-8", "questions": "q.jsonl"},
+                        "counts": {"questions": 3, "trajectories": 24}, "metrics": {"accuracy": .5}}
+    write_json(folder / "02_rollouts/manifest.json", sampled)
     counts = {"questions": 3, "questions_all_right": 0, "questions_all_wrong": 1, "dropped_duplicate": 0,
               "correctness": 5, "coherence": 2}
     pairs = common | {"parameters": {"policy": "all"}, "counts": counts, "metrics": {}}
@@ -231,15 +245,16 @@ def finished(done):
 
 
 def test_report_and_comparison_of_two_runs(finished, capsys):
-    page = report.report_page(finished, ["05_eval"], criteria.criteria(finished))
+    page = report.write_report(finished).read_text(encoding="utf-8")
     metrics = read_json(finished / "05_eval/manifest.json")["metrics"]
-    assert f"{metrics['models']['sft']['correct']} / 20" in page and 'href="05_eval.html"' in page and "not measurable" in page
+    assert all(text in page for text in (f"{metrics['models']['sft']['correct']} / 20", 'href="05_eval.html"',
+                                         "not measurable"))
     assert all(c["sentence"].split(":")[0] in page for c in metrics["paired"].values())
     judged = criteria.criteria(finished).set_index("criterion")
     assert judged.verdict["correctness pairs"] == "fail" and judged.verdict["DPO's loss falls"] == "not measurable"
     row = judged.loc["correctness pairs"]
     assert (row.expected, row.source) == ("12 to 18 for 3 questions", "pipeline guide")
-    assert all(text in page for text in (row.expected, row.source, f"<small>{row.reason}</small>"))
+    assert all(text in page for text in (row.expected, row.source, row.reason))
 
     other = run_folder(f"{RUN}-other")
     shutil.rmtree(other, ignore_errors=True)
@@ -262,7 +277,8 @@ def test_cards_hold_the_true_numbers_and_nothing_is_sent(finished, monkeypatch, 
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr(cards, "HfApi", lambda **k: pytest.fail("the hub was asked"))
     cli.looper(["card", RUN, "--model", "sft"])
-    assert capsys.readouterr().out.split() == [f"outputs/{RUN}/cards/model/README.md", f"outputs/{RUN}/cards/dataset/README.md"]
+    paths = [f"outputs/{RUN}/cards/{kind}/README.md" for kind in ("model", "dataset")]
+    assert capsys.readouterr().out.split() == paths
     model = (finished / "cards/model/README.md").read_text()
     right = read_json(finished / "05_eval/manifest.json")["metrics"]["models"]["sft"]["correct"]
     assert f"| test | sft | {right} of 20 | {right/20:.1%} |" in model and f"value: {right/20}" in model
@@ -272,6 +288,8 @@ def test_cards_hold_the_true_numbers_and_nothing_is_sent(finished, monkeypatch, 
 
 
 def test_settings_are_checked(done):
-    for wrong, said in [({"comparisons": [["base", "stf"]]}, "a comparison is"), ({"styles": ["native"]}, "native_template"), ({"temperature": 0.0}, "temperature"), ({"arm_set": "none"}, "none"), ({"samples": -1}, "samples")]:
-        with pytest.raises((SettingsError, ValueError, KeyError), match=said):
-            replace(done, **wrong)
+    for wrong, message in [({"comparisons": [["base", "stf"]]}, "a comparison is"),
+                           ({"styles": ["native"]}, "native_template"), ({"arm_set": "none"}, "none"),
+                           ({"sampling": {"temperature": 0.0}}, "sampling.temperature"),
+                           ({"sampling": {"n": -1}}, "sampling.n must be at least 0")]:
+        with pytest.raises(SettingsError, match=message): replace(done, **wrong)

@@ -1,5 +1,5 @@
-"""Texts that no solution holds and a model may write all the same. Each function that reads completions takes time that
-grows with their length and no faster: ten times the characters, at most fifteen times the seconds."""
+"""Degenerate texts, as a model may write them. The time of every function that reads completions grows linearly with
+their length: ten times the characters take at most fifteen times the seconds."""
 import logging
 import time
 import timeit
@@ -50,7 +50,7 @@ FORMS = ["{}", "{}a", "1{}=1", "Answer: {}"]
 
 @pytest.fixture(autouse=True)
 def quiet():
-    "math-verify logs the whole text when its time is over."
+    "math-verify logs the whole text when it reaches its time limit."
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)
@@ -62,7 +62,7 @@ def seconds(function, text, runs=3):
 
 
 def check_growth(function, text):  # text: length → text
-    "Compare 100,000 characters with 10,000, as often as it takes to rule out a busy machine."
+    "Compare 100,000 characters with 10,000; on a busy machine the fastest of several runs counts."
     long = seconds(function, text(100_000), runs=1)
     if long <= 15 * FLOOR: return
     long, short = min(long, seconds(function, text(100_000))), seconds(function, text(10_000))
@@ -95,7 +95,7 @@ def test_time_grows_with_the_length_of_any_text(head, middle, tail):
 
 
 def test_a_run_of_digits():
-    "The exact value of 400,000 digits is nobody's answer and takes seconds to work out."
+    "The exact value of 400,000 digits would take seconds to compute."
     assert seconds(answers.extract_answer, "7" * 400_000) < .5
 
 
@@ -104,12 +104,13 @@ def test_a_run_of_lines():
     assert audit.cut_off(text, None) and seconds(lambda t: audit.cut_off(t, None), text) < .5
 
 
-def test_shared_lines_without_end():
-    "The instruction's line repeated to the limit, behind an echo of the question."
+def test_a_repeated_line_that_all_completions_share():
+    "The instruction's line, repeated up to the token limit, behind an echo of the question."
     def log(size):
-        lines, question = "as in Answer: 42\n" * (size // 17), "What is {k} and {k} together?"
-        rows = [{"question": question.format(k=k), "gold": 2 * k, "completion": f"\n{lines}{2 * k}"} for k in range(1, 4)]
-        return pd.DataFrame([r | {"completion": r["question"] + r["completion"]} for r in rows])
+        lines = "as in Answer: 42\n" * (size // 17)
+        questions = {k: f"What is {k} and {k} together?" for k in range(1, 4)}
+        return pd.DataFrame([{"question": question, "gold": 2 * k, "completion": f"{question}\n{lines}{2 * k}"}
+                             for k, question in questions.items()])
 
     assert audit.rescore(log(100_000)).accuracy == (3, 3)
     check_growth(audit.rescore, log)
@@ -122,7 +123,7 @@ def test_the_overlap_is_the_longest(head, tail):
 
 
 def test_a_table_of_texts_shows_dollars_and_needs_no_style_sheet():
-    "Between two prices MathJax sees a formula, and a notebook that is not trusted drops <style>."
+    "MathJax reads the text between two prices as a formula, and an untrusted notebook drops <style>."
     page = show.texts([{"solution": "At $5 and $7 it is\n$12 <b>", "share": .5}])._repr_html_()
     assert "At $5 and $7 it is\n$12 &lt;b&gt;" in page and "<style" not in page
     assert page.startswith('<table class="tex2jax_ignore mathjax_ignore"') and page.count("white-space: pre-wrap") == 4

@@ -10,7 +10,8 @@ import pytest
 from looper_math.records import ROOT
 from looper_math.runs import assign, parameters_of, phases_of, read_recipe, recipes
 
-# From the bottom up; a module imports only from lines above its own. The phases stand on the last line and never import each other.
+# From the bottom up: a module imports only from the lines above its own. The phases, on the last line, do not import
+# each other.
 FLOORS = [
     {"answers", "records"},
     {"launch", "ledger", "prompts", "ranges", "shards", "stats"},
@@ -21,7 +22,7 @@ FLOORS = [
     {"decoding"},
     {"serving"},
     {"cards", "criteria", "engines", "show"},
-    {"eval_jobs", "heldout", "trajectories"},
+    {"eval_jobs", "heldout", "pairs", "trajectories"},
     {"ask", "importing", "tables", "verdicts"},
     {"runs", "training", "ppo"},
     {"cli", "dpo_trainer", "sampler"},
@@ -88,6 +89,7 @@ def test_recipes_name_real_parameters(recipe):
 def test_a_missing_input_is_refused_before_the_first_phase():
     "Not after the phases that come before it."
     looper = str(Path(sys.executable).parent / "looper")
-    done = subprocess.run([looper, "run", "smoke", "--run", "pytest-missing", "-p", "02_rollouts.questions=data/nofile.jsonl"], cwd=ROOT, capture_output=True, text=True)
+    command = [looper, "run", "smoke", "--run", "pytest-missing", "-p", "02_rollouts.questions=data/nofile.jsonl"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "there is no data/nofile.jsonl" in done.stderr
     assert not (ROOT / "outputs/pytest-missing").exists()

@@ -1,4 +1,4 @@
-"The phases as a user runs them: alone, after a kill, with bad input."
+"The phases as a user runs them: one by one, after a kill, with bad input."
 import json
 import shutil
 
@@ -10,7 +10,7 @@ from looper_math.records import read_json, read_records, run_folder
 
 
 def test_rollouts_resume_to_the_same_bytes(small_run):
-    "kill -9 after the first shard lines, half a line added, then resume: the file of an unbroken run."
+    "kill -9 after the first shard lines, half a line added, then resume: the same file as without the kill."
     other = run_folder(RUN + "-killed")
     shutil.rmtree(other, ignore_errors=True)
     parameters = small("02_rollouts", run=other.name, adapter=str(small_run / "01_sft" / "adapter"))
@@ -21,12 +21,13 @@ def test_rollouts_resume_to_the_same_bytes(small_run):
     with shard.open("ab") as f: f.write(b'{"question_id": "torn')
     resumed = start("rollouts", "RolloutSettings", "run_phase", parameters)
     assert resumed.wait() == 0, resumed.stderr.read()[-2000:]
-    assert (other / "02_rollouts" / "rollouts.jsonl").read_bytes() == (small_run / "02_rollouts" / "rollouts.jsonl").read_bytes()
+    name = "02_rollouts/rollouts.jsonl"
+    assert (other / name).read_bytes() == (small_run / name).read_bytes()
     shutil.rmtree(other)
 
 
-def test_records_are_whole(small_run):
-    "Every question has its eleven arms; completions do not begin with their prompt; answers are read."
+def test_records_are_complete(small_run):
+    "Every question has its eleven arms, and completions do not begin with their prompt."
     records = read_records(small_run / "02_rollouts" / "rollouts.jsonl")
     assert len(records) == SMALL["02_rollouts"]["limit"]
     for r in records:
@@ -38,18 +39,22 @@ def test_records_are_whole(small_run):
 
 
 def test_dpo_alone_and_after_a_kill(small_run):
-    "Plain papermill runs phase 4 on the files of phases 1 and 3; killed in the middle and run again, it ends where an unbroken run ends."
+    "papermill runs phase 4 on the files of phases 1 and 3; killed and run again, it gives the same weights."
     done = papermill("04_dpo", small_run / "04_dpo.ipynb")
     assert done.returncode == 0, done.stderr[-3000:]
     unbroken = load_file(small_run / "04_dpo" / "adapter" / "adapter_model.safetensors")
-    manifest = read_json(small_run / "04_dpo" / "manifest.json")
-    assert abs(manifest["metrics"]["step_zero"]["reward of chosen"]) < .1 and manifest["metrics"]["least_gradient_norm"] > 0 and manifest["metrics"]["adapter_moved_by"] > 0
+    metrics = read_json(small_run / "04_dpo" / "manifest.json")["metrics"]
+    assert abs(metrics["step_zero"]["reward of chosen"]) < .1
+    assert metrics["least_gradient_norm"] > 0 and metrics["adapter_moved_by"] > 0
 
     other = run_folder(RUN + "-killed")
     shutil.rmtree(other, ignore_errors=True)
-    inputs = dict(adapter=str(small_run / "01_sft" / "adapter"), pairs=str(small_run / "03_preferences" / "pairs.jsonl"), rollouts=str(small_run / "02_rollouts" / "rollouts.jsonl"))
+    names = {"adapter": "01_sft/adapter", "pairs": "03_preferences/pairs.jsonl",
+             "rollouts": "02_rollouts/rollouts.jsonl"}
+    inputs = {parameter: str(small_run / name) for parameter, name in names.items()}
+    checkpoints = other / "04_dpo" / "adapter"
     process = start("dpo", "DPOSettings", "main", small("04_dpo", run=other.name, **inputs))
-    kill_when(process, lambda: any((c / "trainer_state.json").exists() for c in (other / "04_dpo" / "adapter").glob("checkpoint-*")))
+    kill_when(process, lambda: any(checkpoints.glob("checkpoint-*/trainer_state.json")))
     assert not (other / "04_dpo" / "manifest.json").exists()
     again = papermill("04_dpo", other / "04_dpo.ipynb", run=other.name, **inputs)
     assert again.returncode == 0, again.stderr[-3000:]
@@ -59,31 +64,35 @@ def test_dpo_alone_and_after_a_kill(small_run):
     shutil.rmtree(other)
 
 
-@pytest.mark.parametrize("phase, parameters, said", [
-    ("04_dpo", {"betta": 0.5}, "did you mean 'beta'"),
-    ("04_dpo", {"beta": "high"}, "beta must be float"),
-    ("04_dpo", {"beta": 0.7}, "another configuration"),
-    ("04_dpo", {"run": "pytest-nowhere"}, "run the phase that makes it"),
+@pytest.mark.parametrize("parameters, message", [
+    ({"betta": 0.5}, "did you mean 'beta'"),
+    ({"beta": "high"}, "beta must be float"),
+    ({"beta": 0.7}, "another configuration"),
+    ({"run": "pytest-nowhere"}, "run the phase that makes it"),
 ])
-def test_refused_at_once_and_nothing_changed(small_run, tmp_path, phase, parameters, said):
-    "A misspelt or ill-typed parameter, another configuration, a missing input: a message that helps, and every file as it was."
-    if not (small_run / "04_dpo" / "manifest.json").exists(): assert papermill("04_dpo", small_run / "04_dpo.ipynb").returncode == 0
+def test_refused_at_once_and_nothing_changed(small_run, tmp_path, parameters, message):
+    "A misspelt or ill-typed parameter, another configuration, a missing input: a helpful message, and no file changes."
+    if not (small_run / "04_dpo" / "manifest.json").exists():
+        assert papermill("04_dpo", small_run / "04_dpo.ipynb").returncode == 0
     files = lambda: {p: p.stat().st_mtime_ns for p in small_run.rglob("*")}
     before = files()
-    done = papermill(phase, tmp_path / "out.ipynb", **parameters)
-    assert done.returncode != 0 and said in done.stderr, done.stderr[-2000:]
+    done = papermill("04_dpo", tmp_path / "out.ipynb", **parameters)
+    assert done.returncode != 0 and message in done.stderr, done.stderr[-2000:]
     assert files() == before and not run_folder("pytest-nowhere").exists()
 
 
-def test_phase_2_on_questions_from_elsewhere(small_run, tmp_path):
+def test_phase_2_on_other_questions(small_run, tmp_path):
     "GSM8K-like questions with commas, dollars and long numbers: the pocket model is wrong, and the records are right."
     questions = tmp_path / "questions.jsonl"
-    rows = [{"question": f"Weng earns ${n},000 a year — how much in {n} years?", "answer": f"She earns {n},000 * {n} = {n * n * 1000:,}.\n#### {n * n * 1000:,}"} for n in (12, 114)]
+    rows = [{"question": f"Weng earns ${n},000 a year — how much in {n} years?",
+             "answer": f"She earns {n},000 * {n} = {n * n * 1000:,}.\n#### {n * n * 1000:,}"} for n in (12, 114)]
     questions.write_text("".join(json.dumps(r) + "\n" for r in rows))
     other = run_folder(RUN + "-elsewhere")
     shutil.rmtree(other, ignore_errors=True)
-    done = papermill("02_rollouts", other / "02_rollouts.ipynb", run=other.name, questions=str(questions), adapter=str(small_run / "01_sft" / "adapter"))
+    inputs = {"questions": str(questions), "adapter": str(small_run / "01_sft" / "adapter")}
+    done = papermill("02_rollouts", other / "02_rollouts.ipynb", run=other.name, **inputs)
     assert done.returncode == 0, done.stderr[-3000:]
     records = read_records(other / "02_rollouts" / "rollouts.jsonl")
-    assert [r["gold_answer"] for r in records] == ["144000", "12996000"] and all(len(r["trajectories"]) == 11 for r in records)
+    assert [r["gold_answer"] for r in records] == ["144000", "12996000"]
+    assert all(len(r["trajectories"]) == 11 for r in records)
     shutil.rmtree(other)

@@ -1,4 +1,4 @@
-"A wheel without Regime W, in an environment of its own: evaluation, serving and a plain question work there."
+"A wheel without Regime W, in a separate environment: evaluation, serving and a plain question work there."
 import json
 import os
 import re
@@ -14,7 +14,7 @@ from looper_math.records import ROOT
 from looper_math.runs import parameters_of
 
 BASE = str(ROOT / "data/pocket-base")
-PRIVATE = ("regime_w", "rollouts", "importing", "preferences", "sampler", "online_rl", "criteria", "_modidx")
+PRIVATE = ("regime_w", "rollouts", "importing", "pairs", "preferences", "sampler", "online_rl", "criteria", "_modidx")
 
 PLAIN_USE = f"""
 import json, sys
@@ -27,7 +27,8 @@ for name in {PRIVATE}:
     try: __import__(f"looper_math.{{name}}")
     except ModuleNotFoundError: pass
     else: raise SystemExit(f"looper_math.{{name}} is in the wheel")
-answer = ask.ask({BASE!r}, "Mia has 12 plums. Mia buys 5 plums. How many plums does Mia have now?", plain=True, max_new_tokens=60)
+question = "Mia has 12 plums. Mia buys 5 plums. How many plums does Mia have now?"
+answer = ask.ask({BASE!r}, question, plain=True, max_new_tokens=60)
 assert answer.plain["full_text"], "the plain call has no text"
 try: ask.ask({BASE!r}, "Mia has 12 plums. How many?")
 except records.SettingsError as e: assert "--plain" in str(e), e
@@ -46,7 +47,7 @@ def run(command, **options):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    "The wheel, built from a copy of what git tracks, so that no build product of the working tree gets in."
+    "The wheel, built from a copy of the files that git tracks, without build products of the working tree."
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheels")
     files = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"], cwd=ROOT,
                            capture_output=True, text=True, check=True).stdout.split("\0")
@@ -59,8 +60,8 @@ def wheel(tmp_path_factory):
     return next(out.glob("*.whl")), next(out.glob("*.tar.gz"))
 
 
-def test_it_gives_no_formula(wheel, tmp_path):
-    "Neither the wheel nor the source archive holds a private module, a test, or the words of a metric's definition."
+def test_the_wheel_contains_no_formula(wheel, tmp_path):
+    "Neither the wheel nor the source archive contains a private module, a test, or words of a metric's definition."
     archive, source = wheel
     run([sys.executable, "-m", "tarfile", "-e", str(source), str(tmp_path)])
     with zipfile.ZipFile(archive) as z: z.extractall(tmp_path / "wheel")
@@ -73,7 +74,7 @@ def test_it_gives_no_formula(wheel, tmp_path):
 
 
 def test_evaluation_and_a_plain_question_work(wheel, tmp_path):
-    "In a new environment whose only looper_math is the wheel; the packages it needs come from this one."
+    "In a new environment whose only looper_math is the wheel; its dependencies come from this environment."
     place, work = tmp_path / "public", tmp_path / "work"
     work.mkdir()
     run([sys.executable, "-m", "venv", str(place)])
@@ -88,4 +89,5 @@ def test_evaluation_and_a_plain_question_work(wheel, tmp_path):
              "harder": "", "max_new_tokens": 60}
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
     out = run([python, "-c", PLAIN_USE, json.dumps(defaults | data | small)], cwd=work, env=environment)
-    assert json.loads(out.splitlines()[-1])["base"]["n"] == 4 and (work / "outputs/wheel/05_eval/manifest.json").exists()
+    assert json.loads(out.splitlines()[-1])["base"]["n"] == 4
+    assert (work / "outputs/wheel/05_eval/manifest.json").exists()

@@ -101,7 +101,8 @@ def test_updates_are_those_of_the_comments(recipe):
     for phase in ("01_sft", "04_dpo", "06_online_rl"):
         if phase not in v: continue
         p, source = v[phase], text(recipe, phase)
-        rows = p["trainer"]["per_device_train_batch_size"] // (len(arms(p["arm_set"])) if phase == "06_online_rl" else 1)
+        members = len(arms(p["arm_set"])) if phase == "06_online_rl" else 1
+        rows = p["trainer"]["per_device_train_batch_size"] // members
         batch = rows * p["trainer"].get("gradient_accumulation_steps", 1) * max(1, p["n_gpu"])
         stated = re.search(r"(\d+) (?:rows|pairs|questions) (?:\(\d+ trajectories\) )?an update", source)
         if stated: assert int(stated[1]) == batch, phase

@@ -1,4 +1,4 @@
-"Phase 2 survives: kills at any moment, torn lines, lost shards, a full disk, other numbers of processes; and takes rollouts from elsewhere."
+"Phase 2 survives kills, torn lines, lost shards and a full disk, on one process and on two; and imports rollouts."
 import dataclasses
 import json
 import multiprocessing
@@ -11,7 +11,7 @@ import time
 import pytest
 from conftest import RUN
 
-from looper_math import preferences, rollouts
+from looper_math import preferences, rollouts, shards
 from looper_math.prompts import arms
 from looper_math.records import ROOT, RecordError, RunConflict, read_json, read_records, run_folder, seal
 from looper_math.runs import parameters_of
@@ -69,8 +69,8 @@ def unbroken(random_adapter):
     warm.start()
     warm.join()
     begun = time.time()
-    made = finish(s)
-    yield made, time.time() - begun
+    whole = finish(s)
+    yield whole, time.time() - begun
     remove(run_folder(s.run))
 
 
@@ -94,7 +94,7 @@ def test_ten_kills_at_random_moments(random_adapter, unbroken):
     remove(run_folder(s.run))
 
 
-def test_a_lost_shard_and_a_torn_line_cost_only_themselves(random_adapter, unbroken):
+def test_a_lost_shard_and_a_torn_line_cost_only_their_own_records(random_adapter, unbroken):
     expected, _ = unbroken
     s = settings(random_adapter, "lost")
     process, shard = start(s), s.folder / "shard-0.jsonl"
@@ -102,10 +102,10 @@ def test_a_lost_shard_and_a_torn_line_cost_only_themselves(random_adapter, unbro
     process.kill()
     process.join()
     lines = shard.read_bytes().splitlines(keepends=True)
-    (s.folder / "shard-1.jsonl").write_bytes(lines[0] + lines[1][:40])   # one whole record of another process, and half of one
+    (s.folder / "shard-1.jsonl").write_bytes(lines[0] + lines[1][:40])   # of another process, one record and a half
     shard.unlink()
-    with pytest.warns(UserWarning, match="cut off a torn last line of 40 bytes"): found = rollouts.gather(s)
-    assert len(found) == 1
+    with pytest.warns(UserWarning, match="cut off a torn last line of 40 bytes"): records = shards.gather(s.files)
+    assert len(records) == 1
     assert finish(s) == expected
     remove(run_folder(s.run))
 
@@ -122,21 +122,21 @@ def test_a_hole_in_a_text_is_noticed(random_adapter, unbroken):
     holed = lines[1].replace(text[4:8], b"", 1)
     assert holed != lines[1] and json.loads(holed)
     shard.write_bytes(lines[0] + holed + b"".join(lines[2:]))
-    with pytest.raises(RecordError, match="shard-0.jsonl, line 2: the record was changed"): rollouts.gather(s)
+    with pytest.raises(RecordError, match="shard-0.jsonl, line 2: the record was changed"): shards.gather(s.files)
     shard.write_bytes(lines[0] + b"".join(lines[2:]))
     assert finish(s) == unbroken[0]
     remove(run_folder(s.run))
 
 
 def test_a_full_disk_loses_nothing_else(random_adapter, unbroken):
-    "A file may not grow beyond a third of what is needed: a clear message, whole lines only, and the same end once there is room."
+    "No file may grow beyond a third of what is needed: a clear message, whole lines, and the same result with room."
     expected, _ = unbroken
     s = settings(random_adapter, "full")
     process = start(s, file_size=len(expected) // 3)
     process.join()
     assert process.exitcode == 1 and "before are safe. Make room, then run the phase again" in log_of(s).read_text()
-    kept = read_records(s.folder / "shard-0.jsonl")
-    assert 0 < len(kept) < SMALL["limit"] and not s.path.exists()
+    records = read_records(s.folder / "shard-0.jsonl")
+    assert 0 < len(records) < SMALL["limit"] and not s.path.exists()
     assert finish(s) == expected
     remove(run_folder(s.run))
 
@@ -154,7 +154,8 @@ def test_other_settings_and_contradictions_are_refused(random_adapter, unbroken)
     s.folder.mkdir(parents=True)
     phase = rollouts.open_phase(s)
     phase.begin()
-    with pytest.raises(RunConflict, match="max_new_tokens: 16 there, 17 now"): rollouts.run_phase(dataclasses.replace(s, max_new_tokens=17))
+    with pytest.raises(RunConflict, match="max_new_tokens: 16 there, 17 now"):
+        rollouts.run_phase(dataclasses.replace(s, max_new_tokens=17))
     line = json.loads(unbroken[0].splitlines()[0])
     for k, gold in enumerate(("1", "2")):
         (s.folder / f"shard-{k}.jsonl").write_text(json.dumps(seal(line | {"gold_answer": gold})) + "\n")
@@ -197,7 +198,7 @@ def pairs_of(s):
 
 
 def test_imported_rollouts_feed_the_next_phase(importing):
-    "A file as earlier scripts wrote it becomes a phase 2 of which pairs are made; a resume with another file is refused."
+    "A file as earlier scripts wrote it becomes a phase 2, and gives pairs; a resume with another file is refused."
     claims = {"answer": "27", "num_tokens": 7, "reward": .5, "correct": True}
     trajectories = [{"arm_name": arm.name, "full_text": (RIGHT, WRONG)[k % 2]} | claims for k, arm in enumerate(arms())]
     theirs = [foreign_record(*trajectories, question=f"Mia has 12 plums and buys 3 bags of 5. How many in week {k}?")
@@ -207,7 +208,8 @@ def test_imported_rollouts_feed_the_next_phase(importing):
     assert counts["questions"] == 5 and counts["imported"]["correct"] == {"given": 55, "different": 25}
     assert counts["imported"]["num_tokens"]["different"] == 55
     pairs = pairs_of(s)
-    assert pairs and all("27" in p["chosen"] and "28" in p["rejected"] for p in pairs if p["pair_type"] == "correctness")
+    correctness = [p for p in pairs if p["pair_type"] == "correctness"]
+    assert correctness and all("27" in p["chosen"] and "28" in p["rejected"] for p in correctness)
     assert read_json(s.folder / "manifest.json")["inputs"].keys() == {"import_from"}
     with open(s.import_from, "a") as f: f.write(json.dumps(foreign_record(trajectories[0])) + "\n")
     with pytest.raises(RunConflict, match="import_from"): rollouts.run_phase(s)
@@ -226,7 +228,7 @@ def test_a_text_that_was_cut_off_is_never_chosen(importing, word):
 
 
 def test_without_a_reason_the_text_decides(importing, capsys):
-    "Half a sentence is cut off and never chosen; what announces its answer is unknown, and may be; both are announced."
+    "Half a sentence is cut off and never chosen. A text with a marked answer may be, and its reason is unknown."
     s = importing(foreign_record(*named(HALF, RIGHT, WRONG)))
     counts = rollouts.run_phase(s)["counts"]
     assert [t["finish_reason"] for t in read_records(s.path)[0]["trajectories"]] == ["length", "unknown", "unknown"]

