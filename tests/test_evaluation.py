@@ -60,7 +60,8 @@ def test_files_and_counts(done):
     metrics = evaluation.open_phase(done).manifest["metrics"]
     assert metrics["models"]["base"]["correct"] == rows["test-base"].correct.sum()
     assert metrics["paired"]["copy_vs_base"]["gained"] == metrics["paired"]["copy_vs_base"]["lost"] == 0
-    assert set(metrics["paired"]) == {f"{b}{s}_vs_{a}{s}" for s in ("", "-five-shot") for a, b in done.eval_models.pairs}
+    pairs = done.eval_models.pairs
+    assert set(metrics["paired"]) == {f"{b}{s}_vs_{a}{s}" for s in ("", "-five-shot") for a, b in pairs}
     assert all(c["p_holm"] >= c["p"] for c in metrics["paired"].values())
     assert (metrics["sampled"]["sft-samples"]["k"], metrics["sampled"]["sft-arms"]["k"]) == (2, 8)
     again = audit.rescore(done.folder / "test-base.jsonl")
