@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Key', 'write_records', 'Shards', 'gather', 'complete', 'rank_and_world', 'unfinished', 'append_chunk', 'append']
 
-# %% ../nbs/lib/10_shards.ipynb #4e2b3a10
+# %% ../nbs/lib/10_shards.ipynb #b84e3594
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from .records import RecordError, RecordWriter, read_json, read_records, read_sealed, seal
 
-# %% ../nbs/lib/10_shards.ipynb #5d614bfe
+# %% ../nbs/lib/10_shards.ipynb #f0c9f16c
 def write_records(path: Path, records: Iterable[dict]):
     "Write a complete record file: a draft beside it, then a rename."
     draft = path.with_suffix(".tmp")
@@ -24,7 +24,7 @@ def write_records(path: Path, records: Iterable[dict]):
     with RecordWriter(draft) as writer: writer.append(list(records))
     draft.replace(path)
 
-# %% ../nbs/lib/10_shards.ipynb #83051499
+# %% ../nbs/lib/10_shards.ipynb #07620bc5
 Key = tuple[str, ...] # what identifies a record
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Shards:
         "Keys of the records that earlier processes have made."
         return {self.key_of(record) for path in self._gathered() for record in self._read(path)}
 
-# %% ../nbs/lib/10_shards.ipynb #da9da1c5
+# %% ../nbs/lib/10_shards.ipynb #881f4094
 def gather(s: Shards) -> dict[Key, dict]: # key → record
     "Move the records of all shards into the partial file, and return all records; raises `RecordError` if two differ."
     shards, records = sorted(s.final.parent.glob(s.shard.format("*"))), {}
@@ -83,7 +83,7 @@ def complete(s: Shards, keys: list[Key] # of all records, in the order of the co
     write_records(s.final, [records[key] for key in keys])
     return [records[key] for key in keys]
 
-# %% ../nbs/lib/10_shards.ipynb #fefdf89e
+# %% ../nbs/lib/10_shards.ipynb #f644538a
 def rank_and_world() -> tuple[int, int]: # number of this process, and how many there are
     "What the launcher of several processes puts into the environment; 0 and 1 for a single process."
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -111,13 +111,13 @@ def append_chunk(writer: RecordWriter,
             completions[c.id] = c
             if owner[c.id] in open_requests: open_requests[owner[c.id]] -= 1
         ready = [key for key, n in open_requests.items() if n == 0]
-        made = [make(q, rs, [completions[r.id] for r in rs]) for q, rs in map(groups.get, ready)]
-        if ready: writer.append(list(map(seal, made)))
+        records = [make(q, rs, [completions[r.id] for r in rs]) for q, rs in map(groups.get, ready)]
+        if records: writer.append(list(map(seal, records)))
         for key in ready: del open_requests[key]
         progress(finished)
     generate([r for _, requests in groups.values() for r in requests], on_done=on_done)
 
-# %% ../nbs/lib/10_shards.ipynb #39cb164d
+# %% ../nbs/lib/10_shards.ipynb #2d109d1a
 def append(s: Shards, generate: Callable, chunks: list[list[dict]], requests_of: Callable, make: Callable,
            done: set[Key]):
     "Append the missing records of some chunks to this process's shard, with a progress bar; see `append_chunk`."

@@ -11,9 +11,9 @@ import pytest
 
 from looper_math import prompts, regime_w
 from looper_math.ask import Model, ask, find_model, run_models
+from looper_math.cli import looper
 from looper_math.prompts import TEMPLATE
 from looper_math.records import ROOT, SettingsError, write_json
-from looper_math.runs import looper
 
 QUESTION = "Mia has 12 plums. Mia buys 3 bags of 5 plums. Ben has 4 more plums than Mia. How many plums does Ben have now?"
 BASE = "data/pocket-base"
@@ -176,13 +176,13 @@ def test_a_truncated_adapter_is_one_sentence(tmp_path, random_adapter, file):
 WITHOUT = """
 import sys
 sys.modules["looper_math.regime_w"] = None   # as in a wheel that leaves it out
-from looper_math import ask, cards, engines, evaluation, heldout, runs, serving, trajectories
+from looper_math import ask, cards, cli, engines, evaluation, heldout, serving, trajectories
 from looper_math.records import SettingsError
 question = "Mia has 12 plums and buys 3 bags of 5. How many now?"
 print(ask.ask("data/pocket-base", question, gold=27, plain=True).plain["answer"])
 try: ask.ask("data/pocket-base", question)
 except SettingsError as e: print(e)
-runs.looper(["ask", "data/pocket-base", question, "--plain"])
+cli.looper(["ask", "data/pocket-base", question, "--plain"])
 """
 
 

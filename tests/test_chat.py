@@ -5,7 +5,7 @@ import pytest
 from conftest import small
 from tokenizers import AddedToken, processors
 
-from looper_math import engines, models, sft
+from looper_math import demonstrations, engines, models, sft
 from looper_math.data import load_questions, training_rows
 from looper_math.prompts import CANONICAL, build_prompt
 from looper_math.trajectories import trajectory
@@ -40,7 +40,8 @@ def chat_ids(tokenizer, question):
 
 def test_a_training_row_is_the_templates_prompt_then_a_closed_thought_then_the_answer(reasoner, question):
     s = sft.SFTSettings(**small("01_sft", base=reasoner, template="chat", limit=1, trainer={"bf16": False}))
-    trainer = sft.make_trainer(s, sft.sft_rows(s))
+    rows = demonstrations.sft_rows([question], None, s.layout)
+    trainer = demonstrations.make_sft_trainer(s, s.adapter, rows, s.lora_config)
     tokenizer, batch = trainer.processing_class, trainer.data_collator([trainer.train_dataset[0]])
     prompt, ids, labels = chat_ids(tokenizer, question), batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
     assert ids[:len(prompt)] == prompt and ids.count(tokenizer.bos_token_id) == 1

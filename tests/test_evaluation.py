@@ -12,7 +12,7 @@ import pytest
 from conftest import papermill
 from safetensors.torch import load_file, save_file
 
-from looper_math import cards, criteria, evaluation, report, runs
+from looper_math import cards, cli, criteria, evaluation, report
 from looper_math.grading import VERDICTS
 from looper_math.records import ROOT, RunConflict, SettingsError, read_json, read_records, run_folder, write_json
 from looper_math.runs import parameters_of
@@ -249,25 +249,25 @@ def test_report_and_comparison_of_two_runs(finished, capsys):
     for r in rows:
         r["correct"] = not r["correct"]
     (other / "05_eval/test-sft.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[::-1]))
-    runs.looper(["compare", RUN, f"{RUN}-other"])
+    cli.looper(["compare", RUN, f"{RUN}-other"])
     line = next(x.split() for x in capsys.readouterr().out.splitlines() if x.split()[:1] == ["test-sft"])
     assert line[1:6] == [str(len(right)), str(20 - len(right)), "20", f"+{20 - len(right)}", f"-{len(right)}"]
     shutil.rmtree(other)
     with pytest.raises(SystemExit):
-        runs.looper(["compare", RUN, "pytest-nowhere"])
+        cli.looper(["compare", RUN, "pytest-nowhere"])
     assert "the run 'pytest-nowhere' is not there" in capsys.readouterr().err
 
 
 def test_cards_hold_the_true_numbers_and_nothing_is_sent(finished, monkeypatch, capsys):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr(cards, "HfApi", lambda **k: pytest.fail("the hub was asked"))
-    runs.looper(["card", RUN, "--model", "sft"])
+    cli.looper(["card", RUN, "--model", "sft"])
     assert capsys.readouterr().out.split() == [f"outputs/{RUN}/cards/model/README.md", f"outputs/{RUN}/cards/dataset/README.md"]
     model = (finished / "cards/model/README.md").read_text()
     right = read_json(finished / "05_eval/manifest.json")["metrics"]["models"]["sft"]["correct"]
     assert f"| test | sft | {right} of 20 | {right/20:.1%} |" in model and f"value: {right/20}" in model
     with pytest.raises(SystemExit) as stop:
-        runs.looper(["card", RUN, "--model", "sft", "--push", "me/it"])
+        cli.looper(["card", RUN, "--model", "sft", "--push", "me/it"])
     assert stop.value.code == 2 and "HF_TOKEN is not set" in capsys.readouterr().err
 
 

@@ -6,9 +6,9 @@ import datasets
 import pytest
 
 from looper_math import data, records
+from looper_math.cli import looper
 from looper_math.data import DataError, load_questions
 from looper_math.records import ROOT
-from looper_math.runs import looper
 
 SHARED = ROOT.parent / "shared/data"  # GSM8K where it was laid beside the project
 

@@ -14,14 +14,14 @@ from looper_math.records import ROOT
 from looper_math.runs import parameters_of
 
 BASE = str(ROOT / "data/pocket-base")
-PRIVATE = ("regime_w", "rollouts", "pairs", "preferences", "sampler", "online_rl", "criteria", "_modidx")
+PRIVATE = ("regime_w", "rollouts", "importing", "pairs", "preferences", "sampler", "online_rl", "criteria", "_modidx")
 
 PLAIN_USE = f"""
 import json, sys
 from pathlib import Path
 import looper_math
 assert "site-packages" in looper_math.__path__[0] and "public" in looper_math.__path__[0], looper_math.__path__
-from looper_math import ask, audit, cards, engines, evaluation, heldout, records, report, runs, serving
+from looper_math import ask, audit, cards, cli, engines, evaluation, heldout, records, report, serving
 assert records.ROOT == Path.cwd()
 for name in {PRIVATE}:
     try: __import__(f"looper_math.{{name}}")
@@ -84,7 +84,7 @@ def test_evaluation_and_a_plain_question_work(wheel, tmp_path):
     run([python, "-m", "pip", "install", "-q", "--no-deps", str(wheel[0])])
     defaults = {k: p.default for k, p in parameters_of(ROOT / "nbs/05_eval.ipynb").items()}
     data = {k: str(ROOT / v) for k, v in defaults.items() if isinstance(v, str) and v.startswith("data/")}
-    small = {"run": "wheel", "models": {"base": ""}, "comparisons": [], "limit": 4, "samples": 0, "arm_set": "",
+    small = {"run": "wheel", "models": {"base": ""}, "comparisons": [], "limit": 4, "sampling": {}, "arm_set": "",
              "harder": "", "max_new_tokens": 60}
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
     out = run([python, "-c", PLAIN_USE, json.dumps(defaults | data | small)], cwd=work, env=environment)

@@ -7,7 +7,7 @@ import pytest
 from looper_math.prompts import arms, build_prompt
 from looper_math.records import ROOT
 from looper_math.regime_w import find_preset
-from looper_math.runs import assign, phases_of, read_recipe, recipes
+from looper_math.runs import about_recipe, assign, phases_of, read_recipe, recipes
 
 GSM8K = {"openai/gsm8k": 7473, "openai/gsm8k:test": 1319, "madrylab/gsm8k-platinum": 1209}
 
@@ -30,6 +30,15 @@ BIG = [r for r in recipes() if any(not str(v.get("base", "data/")).startswith("d
 
 
 def text(recipe, phase): return (ROOT / f"nbs/recipes/{recipe}/{phase}.yaml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("recipe", recipes())
+def test_every_recipe_says_what_it_is_for(recipe):
+    "And a time only where there was a measurement: none of the large ones has been run."
+    about = about_recipe(ROOT, recipe)
+    assert about, f"nbs/recipes/{recipe} needs an about.yaml; see lib/runs"
+    assert (about.minutes == "not run") == (about.group == "large") == (recipe in BIG)
+    assert len(f"{about.hardware:<20}  {about.purpose}") <= 110
 
 
 @pytest.mark.parametrize("recipe", recipes())
@@ -79,7 +88,8 @@ def test_every_process_has_a_share_of_the_rollouts(recipe):
 @pytest.mark.parametrize("recipe", [r for r in BIG if "05_eval" in values(r)])
 def test_the_numbers_of_the_evaluation_are_those_of_its_comment(recipe):
     p = values(recipe)["05_eval"]
-    several = (p["samples"] + len(arms(p["arm_set"]))) * p["sampled_questions"] * p["sampled_models"]
+    sampling = p["sampling"]
+    several = (sampling["n"] + len(arms(p["arm_set"]))) * sampling["questions"] * sampling["models"]
     greedy = size(p["questions"], p["limit"]) * len(p["models"]) * len(p["styles"])
     stated = re.search(r"([\d,]+) completions beside the ([\d,]+) greedy", text(recipe, "05_eval"))
     if stated: assert [int(n.replace(",", "")) for n in stated.groups()] == [several, greedy]

@@ -15,8 +15,9 @@ import papermill
 import pytest
 
 from looper_math import launch, records, runs
+from looper_math.cli import looper
 from looper_math.records import RunConflict, SettingsError
-from looper_math.runs import PhaseFailed, Refused, looper, run_recipe
+from looper_math.runs import PhaseFailed, Refused, run_recipe
 
 HEAD = """
 import os, time
@@ -28,9 +29,12 @@ records.ROOT = Path(ROOT_HERE)
 # name → parameters, the settings' fields, body. The 2nd and 3rd stand in for the real phases whose numbers the summary holds.
 PHASES = {
     "01_numbers": (
-        'run = "tiny"  # str: run folder\ncount = 4  # int: how many\nscale = 1.0  # float: factor\nnote = ""  # str: a remark\ntwice = False  # bool: whether to double\nsizes = [1, 2]  # list: anything',
-        "run=str, count=int, scale=float, note=str, twice=bool, sizes=list",
-        'records.write_json(phase.folder/"numbers.json", [scale * i for i in range(count)])\nphase.finish([phase.folder/"numbers.json"])',
+        'run = "tiny"  # str: run folder\ncount = 4  # int: how many\nscale = 1.0  # float: factor\n'
+        'note = ""  # str: a remark\ntwice = False  # bool: whether to double\nsizes = [1, 2]  # list: anything\n'
+        'trainer = {"rate": 0.1, "schedule": {"name": "cosine"}}  # dict: the trainer\'s options',
+        "run=str, count=int, scale=float, note=str, twice=bool, sizes=list, trainer=dict",
+        'records.write_json(phase.folder/"numbers.json", [scale * i for i in range(count)])\n'
+        'phase.finish([phase.folder/"numbers.json"])',
     ),
     "03_preferences": (
         'run = "tiny"  # str: run folder\nseed = 7  # int: random seed\nwait = 0.0  # float: seconds to work\nbreak_at = ""  # str: work, plot or kernel',
@@ -170,6 +174,14 @@ REFUSED = {
     "infinite": (["run", "tiny", "-p", "scale=-inf"], "scale must be a finite number, got -inf"),
     "infinite in a list": (["run", "tiny", "-p", "sizes=[1, .inf]"], ".inf is no finite number"),
     "too large for a float": (["run", "tiny", "-p", "scale=1e400"], "scale must be a finite number, got inf"),
+    "an entry of a list": (["run", "tiny", "-p", "01.sizes.first=1"], "01_numbers.sizes must be a dict to have an entry 'first', got list [1, 2]"),
+    "an entry of a number": (["run", "tiny", "-p", "common.seed.x=1"], "03_preferences.seed must be a dict to have an entry 'x', got int 7"),
+    "an entry of a text in a dict": (["run", "tiny", "-p", "trainer.schedule.name.x=1"], "trainer.schedule.name must be a dict to have"),
+    "an entry of an unknown parameter": (["run", "tiny", "-p", "01.trianer.rate=1"], "unknown parameter 'trianer'; did you mean 'trainer'?"),
+    "an entry that is no YAML": (["run", "tiny", "-p", "trainer.rate=[1"], "-p trainer.rate=[1: this is no YAML"),
+    "an octal entry": (["run", "tiny", "-p", "trainer.rate=010"], "-p trainer.rate=010: 010 is octal in YAML, 8"),
+    "an empty key": (["run", "tiny", "-p", "01.trainer.=1"], "expected PHASE.NAME=VALUE"),
+    "a text for a number in a dict": (["run", "tiny", "-p", "trainer={rate: 5e-5}"], "trainer.rate is a text, '5e-5'; in YAML a number with an exponent needs a point: 5.0e-5"),
     "no YAML": (["run", "tiny", "-p", "sizes=[1"], "-p sizes=[1: this is no YAML"),
 }
 
@@ -193,6 +205,8 @@ def test_refused_before_anything_is_written(done, case, capsys):
         ("01_numbers", "scale: 5e-5", "scale must be float, got str '5e-5'; in YAML a number with an exponent needs a point: 5.0e-5"),
         ("01_nubmers", "count: 3", "no phase '01_nubmers'; did you mean '01_numbers'?"),
         ("common", "count: [3", "this is no YAML"),
+        ("common", "trainer.rate: 3", "nbs/recipes/tiny/common.yaml: 'trainer.rate' is a dotted key, which only -p knows; write `trainer: {rate: …}`"),
+        ("01_numbers", "trainer: {rate: 5e-5}", "01_numbers.yaml: trainer.rate is a text, '5e-5'; in YAML"),
         ("common", "- count", "expected lines of the form"),
         ("phases", "[01_numbers, 04_dpo]", "no phase '04_dpo'"),
         ("phases", "[01_numbers, 03_preferences, 01_numbers]", "01_numbers is there twice"),
@@ -284,7 +298,22 @@ def test_where_values_come_from(fresh):
     assert (got["01_numbers"]["count"], got["03_preferences"]["seed"], got["05_eval"]["seed"], got["05_eval"]["limit"]) == (2, 1, 2, 10)
     got = runs.assign(runs.read_recipe(fresh, "tiny", phases) + flags, phases)
     assert (got["03_preferences"]["seed"], got["05_eval"]["seed"]) == (3, 4)
-    assert got["01_numbers"] == {"count": 2, "scale": 5e-5, "note": "007", "twice": True, "sizes": [3, 4]}
+    trainer = {"rate": 0.1, "schedule": {"name": "cosine"}}
+    assert got["01_numbers"] == {"count": 2, "scale": 5e-5, "note": "007", "twice": True, "sizes": [3, 4], "trainer": trainer}
+
+
+def test_entries_of_a_dict_parameter(fresh):
+    "A dotted key changes one entry of what the recipe gives; values are YAML, and 5e-5 is a number as for a float."
+    phases = runs.phases_of(fresh, "tiny")
+    assigned = lambda *flags: runs.assign(runs.read_recipe(fresh, "tiny", phases) + [runs.read_flag(f, phases) for f in flags], phases)["01_numbers"]["trainer"]
+    default = {"rate": 0.1, "schedule": {"name": "cosine"}}
+    assert assigned() == default and assigned("trainer.rate=5e-5") == default | {"rate": 5e-5}
+    got = assigned("01.trainer.schedule.cycles=2", "common.trainer.flags=[yes, a]", "numbers.trainer.new.deep='x y'")
+    assert got == {"rate": 0.1, "schedule": {"name": "cosine", "cycles": 2}, "flags": [True, "a"], "new": {"deep": "x y"}}
+    (fresh / "nbs/recipes/tiny/01_numbers.yaml").write_text("trainer: {steps: 3, by.dot: 4}\n")
+    assert assigned("trainer.rate=1") == {"steps": 3, "by.dot": 4, "rate": 1}
+    assert assigned("trainer.rate=1", "trainer={}") == {} and assigned() == {"steps": 3, "by.dot": 4}
+    assert phases["01_numbers"]["trainer"].default == default
 
 
 def test_a_recipe_may_choose_its_phases(fresh, capsys):
@@ -309,9 +338,19 @@ def test_a_recipe_runs_its_phases_in_its_own_order(fresh, capsys):
         run_recipe("tiny", "new", first="01", root=fresh)
 
 
-def test_no_recipe_lists_them(done, capsys):
-    looper(["run"], done)
-    assert capsys.readouterr().out.split() == ["Recipes:", "other", "tiny"]
+def test_no_recipe_lists_them(fresh, capsys):
+    "By group, with minutes, hardware and purpose; a recipe that does not say is listed last."
+    about = "group: twins\npurpose: adds up\nminutes: not timed\nhardware: 1 CPU core\n"
+    (fresh / "nbs/recipes/tiny/about.yaml").write_text(about)
+    looper(["run"], fresh)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line]
+    assert "Recipes," in lines[0] and "Twins:" in lines[1]
+    assert lines[2] == "tiny not timed 1 CPU core adds up".split()
+    assert lines[3:] == ["Without an about.yaml".split(), ["other"]]
+    (fresh / "nbs/recipes/tiny/about.yaml").write_text(about.replace("twins", "twin"))
+    with pytest.raises(SystemExit) as stop:
+        looper(["run"], fresh)
+    assert stop.value.code == 2 and "tiny/about.yaml: no group 'twin'; did you mean 'twins'" in capsys.readouterr().err
 
 
 def test_a_failed_phase_shows_its_error_and_is_resumed(fresh, capsys):
@@ -350,7 +389,7 @@ def test_a_dead_kernel_is_reported(fresh):
 
 def popen(root, *flags, stderr=subprocess.STDOUT, token=""):
     "A runner of the recipe tiny in a process group of its own, with a token in the environment of all that it starts."
-    code = "import pathlib, sys; from looper_math.runs import looper; looper(sys.argv[2:], pathlib.Path(sys.argv[1]))"
+    code = "import pathlib, sys; from looper_math.cli import looper; looper(sys.argv[2:], pathlib.Path(sys.argv[1]))"
     call = [sys.executable, "-c", code, str(root), "run", "tiny", *flags]
     return subprocess.Popen(call, stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True,
                             env=os.environ | {"RUNNER_OF_THE_TEST": token})
@@ -412,7 +451,7 @@ def test_control_c(fresh):
     p = start_runner(fresh, token)
     assert len(processes_with(token)) >= 2 # the runner and its kernel
     sentence, out = interrupt(p)
-    assert sentence == "looper: stopped; nothing of 03_preferences is kept; the same command goes on from here."
+    assert sentence == "looper: stopped; nothing of 03_preferences is kept; the same command continues from here."
     assert p.returncode == 130 and "Traceback" not in out
     assert not (fresh / "outputs/tiny/03_preferences/manifest.json").exists()
     assert not processes_with(token)
@@ -498,7 +537,7 @@ def test_a_disk_that_fills_up(fresh, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         looper(["run", "tiny"], fresh)
     err = capsys.readouterr().err
-    assert stop.value.code == 1 and "run.json: No space left on device; when the cause is mended" in err
+    assert stop.value.code == 1 and "run.json: No space left on device; when the cause is fixed" in err
 
 
 @pytest.mark.parametrize("text", ['{"recipe": "ti', "[]", "{}", ""])
@@ -578,7 +617,7 @@ def test_changed_input_of_a_finished_phase(done, tmp_path):
     run_recipe("tiny", last="03", root=root)
     (root / "own.json").write_text("[]")
     before = files(root)
-    with pytest.raises(RunConflict, match="was made from another numbers than own.json is now"):
+    with pytest.raises(RunConflict, match=r"its input `numbers` \(own.json\) has changed since"):
         run_recipe("tiny", root=root)
     assert files(root) == before
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import small
 
-from looper_math import launch, records, runs
+from looper_math import cli, launch, records, runs
 from looper_math.records import ROOT, SettingsError, settings
 
 INF, NAN = math.inf, math.nan
@@ -171,7 +171,7 @@ BAD = [
     ("5", "models", {"base": "~nobody-here/x"}, "models.base: '~nobody-here/x'"),
     ("5", "models", {"base": "no such model!"}, "models.base must be a folder"),
     ("5", "comparisons", [["sft", "sft"]], "compares a model with itself"),
-    ("5", "comparisons", [["sft", "dpo"], ["sft", "dpo"]], "stands there twice"),
+    ("5", "comparisons", [["sft", "dpo"], ["sft", "dpo"]], "is there twice"),
     ("5", "comparisons", [["sft", "dop"]], "a comparison is a pair"),
     ("5", "comparisons", [["sft"]], "a comparison is a pair"),
     ("5", "comparisons", ["sft"], "a comparison is a pair"),
@@ -187,22 +187,29 @@ BAD = [
     ("5", "styles", [["training"]], "styles must be a list of texts"),
     ("5", "styles", [True], "styles must be a list of texts"),
     ("5", "styles", ["native"], "style native needs a native_template"),
-    ("5", "samples", -1, "samples must be at least 0"),
-    ("5", "samples", 10**6, "samples must be at least 0 and at most 1,000"),
+    ("5", "sampling", {"n": -1}, "sampling.n must be at least 0"),
+    ("5", "sampling", {"n": 10**6}, "sampling.n must be at least 0 and at most 1,000"),
+    ("5", "sampling", {"n": True}, "sampling.n must be a whole number"),
+    ("5", "sampling", {"samples": 8}, "sampling: unknown option 'samples'"),
+    ("5", "sampling", {"temprature": 1}, "did you mean 'temperature'?"),
     ("5", "arm_set", "guide", "arm_set must be "),
-    ("5", "sampled_models", -1, "sampled_models must be at least 0"),
-    ("5", "sampled_questions", -1, "sampled_questions must be at least 0"),
-    ("5", "seed", -1, "seed must be at least 0"),
+    ("5", "sampling", {"models": -1}, "sampling.models must be at least 0"),
+    ("5", "sampling", {"questions": -1}, "sampling.questions must be at least 0"),
+    ("5", "sampling", {"seed": -1}, "sampling.seed must be at least 0"),
     ("5", "chunk", -1024, "chunk must be at least 1"),
     ("5", "engine", "", "engine must be auto, transformers or vllm"),
-    ("56", "temperature", 0.0, "temperature must be at least 0.01"),
-    ("56", "temperature", -0.7, "temperature must be at least 0.01"),
-    ("56", "temperature", 1e-300, "temperature must be at least 0.01"),
-    ("56", "temperature", 100.0, "temperature must be at least 0.01 and at most 10"),
-    ("56", "temperature", NAN, "temperature must be finite"),
-    ("5", "top_p", 0.0, "top_p must be above 0"),
-    ("5", "top_p", 1.5, "top_p must be above 0 and at most 1"),
-    ("5", "top_p", NAN, "top_p must be finite"),
+    ("6", "temperature", 0.0, "temperature must be at least 0.01"),
+    ("6", "temperature", -0.7, "temperature must be at least 0.01"),
+    ("6", "temperature", 1e-300, "temperature must be at least 0.01"),
+    ("6", "temperature", 100.0, "temperature must be at least 0.01 and at most 10"),
+    ("6", "temperature", NAN, "temperature must be finite"),
+    ("5", "sampling", {"temperature": 0.0}, "sampling.temperature must be at least 0.01"),
+    ("5", "sampling", {"temperature": 1e-300}, "sampling.temperature must be at least 0.01"),
+    ("5", "sampling", {"temperature": 100}, "sampling.temperature must be at least 0.01 and at most 10"),
+    ("5", "sampling", {"temperature": NAN}, "sampling must be finite"),
+    ("5", "sampling", {"top_p": 0.0}, "sampling.top_p must be above 0"),
+    ("5", "sampling", {"top_p": 1.5}, "sampling.top_p must be above 0 and at most 1"),
+    ("5", "sampling", {"top_p": NAN}, "sampling must be finite"),
     # 06
     ("6", "algorithm", "reinforce", "algorithm must be grpo or ppo"),
     ("6", "arm_set", "guide-9", "arm_set must be "),
@@ -268,9 +275,9 @@ GOOD = [
     ("01_sft", {"trainer.lr_scheduler_type": "inverse_sqrt", "keep": "best"}),
     ("02_rollouts", {"adapter": "none", "limit": 0, "chunk": 1}),
     ("04_dpo", {"control_arms": [], "label_smoothing": 0.1, "loss": "robust", "nll_weight": 0.0}),
-    ("05_eval", {"models": {"größe_2": ""}, "comparisons": [], "arm_set": "", "samples": 0, "harder": ""}),
+    ("05_eval", {"models": {"größe_2": ""}, "comparisons": [], "arm_set": "", "sampling": {}, "harder": ""}),
     ("05_eval", {"styles": ["native", "five-shot"], "native_template": "{question}"}),
-    ("05_eval", {"top_p": 1.0, "temperature": 10.0}),
+    ("05_eval", {"sampling": {"n": 1, "top_p": 1, "temperature": 10.0}}),
     ("06_online_rl", {"weights": {"free_tokens": 1024, "correct": 2}, "lam": 0.0, "beta": 0.0}),
     ("06_online_rl", {"iterations": 2, "save_every": 4}),
 ]
@@ -332,7 +339,7 @@ def test_every_recipe_is_in_range(recipe):
 
 
 def test_the_command_line_does_not_wait_for_torch():
-    code = "import sys, looper_math.runs; sys.exit('torch' in sys.modules or 'datasets' in sys.modules)"
+    code = "import sys, looper_math.cli; sys.exit('torch' in sys.modules or 'datasets' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
@@ -340,7 +347,7 @@ def test_the_command_line_does_not_wait_for_torch():
 
 RUN = "pytest-settings"
 THROUGH = { # recipe and flag → what the sentence says
-    "smoke 05_eval.temperature=0": "05_eval: temperature must be at least 0.01 and at most 10, got 0.0",
+    "smoke 05_eval.sampling={temperature: 0}": "05_eval: sampling.temperature must be at least 0.01 and at most 10, got 0",
     "smoke 05_eval.batch_size=0": "05_eval: batch_size must be at least 1 and at most 1,000,000, got 0",
     "smoke 04_dpo.loss=dop": "04_dpo: loss must be sigmoid, sigmoid_norm, ipo, hinge or robust, got 'dop'",
     "smoke 04_dpo.beta=-1": "04_dpo: beta must be above 0 and at most 1,000, got -1.0",
@@ -355,7 +362,7 @@ THROUGH = { # recipe and flag → what the sentence says
     "pocket-grpo 06.adapter=outputs/none": "06_online_rl.adapter: there is no outputs/none",
     "pocket-base adapter=": "there is no outputs/pytest-settings/01_sft/adapter; this recipe does not run 01_sft",
 }
-IN_A_PROCESS = ("smoke 05_eval.temperature=0", "smoke 05_eval.engine=vllm") # as it runs for its users, in seconds
+IN_A_PROCESS = ("smoke 05_eval.sampling={temperature: 0}", "smoke 05_eval.engine=vllm") # as it runs for its users, in seconds
 if importlib.util.find_spec("vllm"):
     del THROUGH["smoke 05_eval.engine=vllm"]
 
@@ -371,7 +378,7 @@ def test_refused_before_the_first_phase(case, capfd, monkeypatch):
     if case not in IN_A_PROCESS:
         monkeypatch.setattr(runs, "check_settings", build_here)
     with pytest.raises(SystemExit) as stop:
-        runs.looper(["run", recipe, "--run", RUN, "-p", flag])
+        cli.looper(["run", recipe, "--run", RUN, "-p", flag])
     err = capfd.readouterr().err
     assert stop.value.code == 2 and THROUGH[case] in err and "Traceback" not in err
     assert not (ROOT / "outputs" / RUN).exists()
@@ -379,9 +386,9 @@ def test_refused_before_the_first_phase(case, capfd, monkeypatch):
 
 def test_papermill_says_the_same(tmp_path):
     call = [sys.executable, "-m", "papermill", "--no-progress-bar", "nbs/05_eval.ipynb", str(tmp_path / "out.ipynb"),
-            "-p", "run", RUN, "-p", "temperature", "0.0"]
+            "-p", "run", RUN, "-y", "sampling: {temperature: 0}"]
     done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode and "temperature must be at least 0.01 and at most 10, got 0.0" in done.stderr
+    assert done.returncode and "sampling.temperature must be at least 0.01 and at most 10, got 0" in done.stderr
     assert not (ROOT / "outputs" / RUN).exists()
 
 
@@ -393,7 +400,7 @@ def test_a_finished_run_does_not_pay_for_it(monkeypatch):
     monkeypatch.setattr(runs, "check_settings", lambda run, todo, values: asked.append(todo) or {})
     for done in (lambda *_: True, lambda folder, phase, wanted: phase < "04"):
         monkeypatch.setattr(runs, "is_done", done)
-        runs._checked(ROOT, ROOT / "outputs" / RUN, "smoke", list(phases), values)
+        runs._check_all(ROOT, ROOT / "outputs" / RUN, "smoke", list(phases), values)
     assert asked == [[], ["04_dpo", "05_eval"]]
     monkeypatch.undo()
     monkeypatch.setattr(runs.subprocess, "run", None)

@@ -1,4 +1,5 @@
 "What a phase made is what the next one reads: outputs against their manifests, adapters and checkpoints whole."
+import dataclasses
 import json
 import os
 import shutil
@@ -11,7 +12,8 @@ from conftest import RUN, WORKER, papermill, small
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from looper_math import dpo, engines, evaluation, models, preferences, rollouts, sft, training
+from looper_math import dpo, engines, evaluation, models, preferences, rollouts, sft, shards, training
+from looper_math.data import load_questions
 from looper_math.records import ROOT, RecordError, RunConflict, read_json, read_records, run_folder, sha256, write_json
 
 ADAPTER = "01_sft/adapter/adapter_model.safetensors"
@@ -98,7 +100,7 @@ def test_an_unfinished_phase_is_not_read(copied):
     with pytest.raises(RunConflict, match="rollouts.jsonl is made by 02_rollouts, and that phase has not ended"):
         OPEN["03_preferences"](copied.name)
     (copied / "01_sft/manifest.json").unlink()
-    changes = {"run": copied.name, "comparisons": [], "harder": "", "samples": 0, "arm_set": "", "limit": 4}
+    changes = {"run": copied.name, "comparisons": [], "harder": "", "sampling": {}, "arm_set": "", "limit": 4}
     last = training.checkpoints(copied / "01_sft/adapter")[-1].name
     for adapter, accepted in (("adapter", False), (f"adapter/{last}", True)):
         s = evaluation.EvalSettings(**small("05_eval", models={"sft": f"01_sft/{adapter}"}, **changes))
@@ -253,15 +255,17 @@ def test_the_kept_epoch_is_the_one_that_the_manifest_names(two_epochs):
 def test_a_hole_in_an_evaluation_shard_is_noticed(tmp_path):
     "Bytes cut out of a completion between two runs: a whole JSON line, and another text."
     s = evaluation.EvalSettings(**small("05_eval", run=fresh("hole").name, models={"base": ""}, comparisons=[]))
-    job = evaluation.Job("test", "base", "training")
-    questions = evaluation.load_questions(s.questions, limit=3)
+    (files, chunks, requests, make, none_yet), = evaluation.unfinished_jobs(
+        dataclasses.replace(s, limit=3, harder="", arm_set="", sampling={}), "base", evaluation.prompts_of(s),
+        {"test": load_questions(s.questions, limit=3)})
+    files = dataclasses.replace(files, final=tmp_path / files.final.name, partial=tmp_path / files.partial.name)
     completion = lambda r: engines.Completion(r.id, "3 * 5 = 15\n12 + 15 = 27\nAnswer: 27", 9, "stop")
-    shard = tmp_path / "test-base.shard-0"
     generate = lambda requests, on_done: on_done([completion(r) for r in requests])
-    evaluation.answer(s, job, generate, [questions], "", set(), shard)
+    shards.append(files, generate, chunks, requests, make, none_yet)
+    shard = tmp_path / "test-base.shard-0"
     whole = shard.read_bytes()
     shard.write_bytes(whole.replace(b"12 + 15 = 27", b"12 +  27", 1))
     with pytest.raises(RecordError, match="test-base.shard-0, line 1: the record was changed"):
-        evaluation.gather(tmp_path / "test-base.jsonl")
+        shards.gather(files)
     shard.write_bytes(whole)
-    assert len(evaluation.gather(tmp_path / "test-base.jsonl")) == 3
+    assert len(shards.gather(files)) == 3
