@@ -16,7 +16,7 @@ import pandas as pd
 from IPython.display import HTML
 
 from .compare import compare
-from .records import ROOT, flat, iter_records, read_json
+from .records import ROOT, flat, iter_records, read_json, write_text
 from .stats import holm, wilson
 
 # %% ../nbs/lib/27_report.ipynb #cb5b6056
@@ -141,10 +141,8 @@ def write_report(folder: Path # of a run whose evaluation is done
                                           kernel_name="python3", cwd=str(ROOT), progress_bar=False,
                                           extra_arguments=["--IPKernelApp.log_level=CRITICAL"])
     page = notebook_page(notebook, f"Report of {folder.name}", code=False)
-    for name, text in (("report.ipynb", nbformat.writes(notebook)), ("report.html", page)):
-        draft = folder/f"{name}.tmp"
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(folder/name)
+    write_text(folder/"report.ipynb", nbformat.writes(notebook))
+    write_text(folder/"report.html", page)
     return folder/"report.html"
 
 # %% ../nbs/lib/27_report.ipynb #254d1939

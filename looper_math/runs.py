@@ -619,7 +619,7 @@ def run_recipe(recipe: str, # a folder of `nbs/recipes`
         return _close(folder, time.time() - start)
 
 def _close(folder: Path, seconds: float) -> dict | None:
-    "Write the summary and the report, and print the accuracies, once the evaluation is done."
+    "Write the summary and the report, and print the table of models, once the evaluation is done."
     from looper_math import report  # a slow import, and a refusal does not need it
     summary = report.summarise(folder) if is_done(folder, "05_eval") else None
     if summary:
