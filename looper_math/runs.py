@@ -256,7 +256,7 @@ def _only_phase_with(name: str, phases, source: str) -> str: # `common` where no
     raise Refused(f"{source}: {', '.join(names)} all have {name!r}; write {names[0]}.{target}=… for one of them "
                   f"or common.{target}=… for all")
 
-def read_flag(flag: str, phases) -> Override: # such as `04_dpo.seed=7`
+def read_flag(flag: str, phases) -> Override: # such as `04_dpo.min_pairs=20`
     "The override that a `-p` expresses; raises `Refused` when it is malformed or could mean several phases."
     source = f"-p {flag}"
     target, equals, value = flag.partition("=")
@@ -598,7 +598,7 @@ def _check_all(root: Path, folder: Path, recipe: str, chosen: list[str], values:
 def run_recipe(recipe: str, # a folder of `nbs/recipes`
                run: str = "", # name of the folder under `outputs`; the recipe's if empty
                first: str = "", last: str = "", # the phases to begin and to end with
-               flags: tuple = (), # parameters, each as `04_dpo.seed=7`
+               flags: tuple = (), # parameters, each as `04_dpo.min_pairs=20`
                root: Path = ROOT # the project's root
               ) -> dict | None: # the summary, once the evaluation is done
     "Run the phases of a recipe in order. All that can be refused is refused before a file is written."
