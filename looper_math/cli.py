@@ -70,9 +70,9 @@ def _compare(args, root: Path):
     "`looper compare`."
     from looper_math import report
     a, b = (_finished_run(name, root) for name in (args.run_a, args.run_b))
-    try: rows, sentences = report.compare_runs(a, b)
+    try: table, sentences = report.compare_runs(a, b)
     except ValueError as e: raise Refused(str(e)) from None
-    tables = report.as_text(report.differing_parameters(a, b)), report.as_text(rows)
+    tables = [t.to_string(index=False) for t in (report.differing_parameters(a, b), table) if len(t)]
     print(*tables, "\n".join(sentences), sep="\n\n")
 
 def _add_compare(commands):

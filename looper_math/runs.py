@@ -616,16 +616,16 @@ def run_recipe(recipe: str, # a folder of `nbs/recipes`
             changed = {n: parameters[n] for n, p in phases[phase].items() if parameters[n] != p.default or n == "run"}
             label = f"[{k}/{len(phases)}] {phase:<{max(map(len, phases))}}"
             _run_phase(root, folder, phase, changed, state, label)
-        return _close(folder, list(phases), time.time() - start)
+        return _close(folder, time.time() - start)
 
-def _close(folder: Path, phases: list[str], seconds: float) -> dict | None:
-    "Write the summary and the report, and print the table of models, once the evaluation is done."
-    from looper_math import criteria, report  # slow imports, and a refusal needs neither
+def _close(folder: Path, seconds: float) -> dict | None:
+    "Write the summary and the report, and print the accuracies, once the evaluation is done."
+    from looper_math import report  # a slow import, and a refusal does not need it
     summary = report.summarise(folder) if is_done(folder, "05_eval") else None
     if summary:
         write_json(folder/"summary.json", summary)
-        records.write_text(folder/"report.html", report.report_page(folder, phases, criteria.criteria(folder)))
-        files = f"report  {short_path(folder/'report.html')}\nnumbers {short_path(folder/'summary.json')}"
-        print(f"\n{report.as_text(report.ladder(summary))}\n\n{files}")
+        page = report.write_report(folder)
+        print(f"\n{report.accuracies(summary).to_string(index=False)}\n")
+        print(f"report  {short_path(page)}\nnumbers {short_path(folder/'summary.json')}")
     print(f"{report.clock(seconds)} in all")
     return summary
