@@ -329,8 +329,11 @@ def _phases_with(override: Override, phases) -> list[str]:
     candidates = {phase: declared for phase, declared in phases.items() if override.phase in ("common", phase)}
     names = [phase for phase, declared in candidates.items() if override.name in declared]
     if names: return names
-    known = {name for declared in candidates.values() for name in declared if name != "run"}
-    raise SettingsError(f"{override.source}: unknown parameter {override.name!r}{nearest(override.name, known)}")
+    known = {name: p.default for declared in candidates.values() for name, p in declared.items() if name != "run"}
+    entries = [f"{name}.{override.name}" for name, default in known.items()
+               if isinstance(default, dict) and override.name in default]
+    hint = f"; did you mean {entries[0]!r}?" if entries else nearest(override.name, known)
+    raise SettingsError(f"{override.source}: unknown parameter {override.name!r}{hint}")
 
 def assign(overrides: list[Override], phases) -> dict[str, dict]: # phase → parameter → value, defaults included
     "The values with which each phase will run; raises `SettingsError` on an unknown name or a wrong type."

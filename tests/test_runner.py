@@ -193,6 +193,7 @@ REFUSED = {
                                      "trainer.schedule.name must be a dict to have"),
     "an entry of an unknown parameter": (["run", "tiny", "-p", "01.trianer.rate=1"],
                                          "unknown parameter 'trianer'; did you mean 'trainer'?"),
+    "an entry without its dict": (["run", "tiny", "-p", "01.rate=1"], "'rate'; did you mean 'trainer.rate'?"),
     "an entry that is no YAML": (["run", "tiny", "-p", "trainer.rate=[1"], "-p trainer.rate=[1: this is no YAML"),
     "an octal entry": (["run", "tiny", "-p", "trainer.rate=010"], "-p trainer.rate=010: 010 is octal in YAML, 8"),
     "an empty key": (["run", "tiny", "-p", "01.trainer.=1"], "expected PHASE.NAME=VALUE"),
