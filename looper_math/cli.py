@@ -54,7 +54,7 @@ def _add_run(commands):
     run.add_argument("--from", default="", metavar="PHASE", help="first phase, such as 03; earlier ones must be done")
     run.add_argument("--to", default="", metavar="PHASE", help="last phase")
     run.add_argument("-p", action="append", default=[], metavar="PHASE.NAME=VALUE",
-                     help="set a parameter, such as 04_dpo.seed=7, or one entry of a dict parameter, such as "
+                     help="set a parameter, such as 04_dpo.min_pairs=20, or one entry of a dict parameter, such as "
                           "04_dpo.trainer.beta=0.05 or 05_eval.models.mine=data/my-model; may be repeated")
 
 # %% ../nbs/lib/31_cli.ipynb #a0695880

@@ -158,9 +158,9 @@ def test_merge_finds_a_model_of_a_run(random_adapter, tmp_path, capsys):
     "A run in another project folder, and a base whose own folder is named in full."
     run = tmp_path / "outputs/try"
     (run / "05_eval").mkdir(parents=True)
-    asked = {"models": {"base": "", "dpo": random_adapter}, "base": "data/pocket-base", "template": "{question}"}
-    asked |= {"max_new_tokens": 9}
-    (run / "run.json").write_text(json.dumps({"recipe": "x", "parameters": {"05_eval": asked}, "seconds": {}}))
+    evaluation = {"models": {"base": "", "dpo": random_adapter}, "base": "data/pocket-base", "template": "{question}"}
+    evaluation |= {"max_new_tokens": 9}
+    (run / "run.json").write_text(json.dumps({"recipe": "x", "parameters": {"05_eval": evaluation}, "seconds": {}}))
     looper(["merge", "try/dpo", str(tmp_path / "merged")], tmp_path)
     assert (tmp_path / "merged/merged_from.json").exists()
     out = tmp_path / "b"

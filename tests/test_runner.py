@@ -193,6 +193,7 @@ REFUSED = {
                                      "trainer.schedule.name must be a dict to have"),
     "an entry of an unknown parameter": (["run", "tiny", "-p", "01.trianer.rate=1"],
                                          "unknown parameter 'trianer'; did you mean 'trainer'?"),
+    "an entry without its dict": (["run", "tiny", "-p", "01.rate=1"], "'rate'; did you mean 'trainer.rate'?"),
     "an entry that is no YAML": (["run", "tiny", "-p", "trainer.rate=[1"], "-p trainer.rate=[1: this is no YAML"),
     "an octal entry": (["run", "tiny", "-p", "trainer.rate=010"], "-p trainer.rate=010: 010 is octal in YAML, 8"),
     "an empty key": (["run", "tiny", "-p", "01.trainer.=1"], "expected PHASE.NAME=VALUE"),
@@ -506,7 +507,7 @@ launch.launch("tiny_phase", tiny_phase.Settings(str(phase.folder), wait=60.), n_
     assert not processes_with(token)
 
 
-def test_what_is_kept_of_an_evaluation(tmp_path):
+def test_saved_answers_of_an_evaluation(tmp_path):
     "Whole lines of final, gathered and unfinished files; a line that was cut off does not count."
     folder = tmp_path / "05_eval"
     folder.mkdir()
@@ -615,13 +616,13 @@ def test_a_changed_output_of_a_finished_phase(done, tmp_path, capsys):
 
 def test_outputs_of_a_finished_phase_are_verified(done, monkeypatch, capsys):
     "Those of the phases of this call, and those of the earlier ones that they read."
-    looked_at = []
-    monkeypatch.setattr(runs, "verify_outputs", lambda folder: looked_at.append(folder.name))
+    verified = []
+    monkeypatch.setattr(runs, "verify_outputs", lambda folder: verified.append(folder.name))
     run_recipe("tiny", root=done)
-    assert looked_at == list(PHASES)
-    looked_at.clear()
+    assert verified == list(PHASES)
+    verified.clear()
     run_recipe("tiny", first="05", root=done)
-    assert looked_at == list(PHASES)
+    assert verified == list(PHASES)
 
     def changed(folder):
         if folder.name == "03_preferences":
@@ -636,7 +637,7 @@ def test_outputs_of_a_finished_phase_are_verified(done, monkeypatch, capsys):
 
 
 def test_changed_input_of_a_finished_phase(done, tmp_path):
-    "A phase that is done is refused, not skipped, when what it was made from has changed."
+    "A phase that is done is refused, not skipped, when one of its inputs has changed."
     root = tmp_path.resolve() / "copy"
     shutil.copytree(done, root)
     path = root / "outputs/tiny/03_preferences/manifest.json"
