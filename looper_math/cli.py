@@ -54,7 +54,7 @@ def _add_run(commands):
     run.add_argument("--from", default="", metavar="PHASE", help="first phase, such as 03; earlier ones must be done")
     run.add_argument("--to", default="", metavar="PHASE", help="last phase")
     run.add_argument("-p", action="append", default=[], metavar="PHASE.NAME=VALUE",
-                     help="set a parameter, such as 04_dpo.seed=7, or one entry of a dict parameter, such as "
+                     help="set a parameter, such as 04_dpo.min_pairs=20, or one entry of a dict parameter, such as "
                           "04_dpo.trainer.beta=0.05 or 05_eval.models.mine=data/my-model; may be repeated")
 
 # %% ../nbs/lib/31_cli.ipynb #a0695880
@@ -70,9 +70,9 @@ def _compare(args, root: Path):
     "`looper compare`."
     from looper_math import report
     a, b = (_finished_run(name, root) for name in (args.run_a, args.run_b))
-    try: rows, sentences = report.compare_runs(a, b)
+    try: table, sentences = report.compare_runs(a, b)
     except ValueError as e: raise Refused(str(e)) from None
-    tables = report.as_text(report.differing_parameters(a, b)), report.as_text(rows)
+    tables = [t.to_string(index=False) for t in (report.differing_parameters(a, b), table) if len(t)]
     print(*tables, "\n".join(sentences), sep="\n\n")
 
 def _add_compare(commands):
@@ -103,7 +103,6 @@ def _add_card(commands):
 def _ask(args, root: Path):
     "`looper ask`."
     from looper_math import ask
-    check_home("MODEL", args.model)
     print(ask.ask(args.model, args.question, args.gold, args.arm_set, args.preset, args.template, args.max_new_tokens,
                   args.plain, root=root))
 

@@ -12,7 +12,6 @@ import pandas as pd
 
 from .answers import same_answer
 from .data import question_key
-from .grading import VERDICTS
 from .records import RecordError, nearest
 from .stats import Paired, bootstrap_interval, paired
 
@@ -55,7 +54,7 @@ def _check_tables(a: pd.DataFrame, b: pd.DataFrame, by: str):
     missing = [column for column in ("question", "correct") if not (column in a and column in b)]
     if missing:
         raise RecordError(f"a table to compare needs the columns question and correct; {', '.join(missing)} is missing")
-    both = [verdict for verdict in VERDICTS if verdict in a and verdict in b]
+    both = [c for c in a if c in b and c.startswith("correct")] # the verdicts of several graders
     if by not in both: raise ValueError(f"by={by!r}: no verdict that both logs hold{nearest(str(by), both)}")
     if "temperature" in a and "temperature" in b and set(a.temperature) != set(b.temperature):
         raise ValueError(f"sampled at temperatures {sorted(set(a.temperature))} and {sorted(set(b.temperature))}: "
@@ -89,7 +88,7 @@ def _problems(a: pd.DataFrame, b: pd.DataFrame, name_a: str, name_b: str) -> dic
             "other order": rows(key_b.isin(key_a)) if places != sorted(places) else []}
 
 def compare(a: pd.DataFrame, b: pd.DataFrame, # columns question and correct, and other verdicts, gold, completion
-            by: str = "correct", # one of `VERDICTS`
+            by: str = "correct", # the column of the verdict
             names: tuple[str, str] = ("a", "b")
            ) -> Comparison: # b against a
     "Pair two tables by question; raises `ValueError` when they share none, lack `by`, or are greedy and sampled."

@@ -150,7 +150,7 @@ def _mean_jaccard(pairs: Iterable[tuple[_Trajectory, _Trajectory]]) -> float | N
     values = [a.jaccard[b] for a, b in pairs]
     return fmean(values) if values else None
 
-def _s_path_overlap(trajectories: list[_Trajectory], w) -> float:
+def _s_path_overlap(trajectories: list[_Trajectory], w: "Weights") -> float:
     """s_path of `platinum-11`: w.length·L + w.overlap·J, in [0, 1]; 0 for texts without words.
 
     L = 1/(1 + var/mean) of the word counts, which is mean/(mean + var). J is the mean Jaccard index of all pairs, 1 for
@@ -164,7 +164,7 @@ def _s_path_overlap(trajectories: list[_Trajectory], w) -> float:
     if A_A_prime is not None: J = (1 - w.paraphrase) * J + w.paraphrase * A_A_prime
     return w.length * L + w.overlap * J
 
-def _s_path_length(trajectories: list[_Trajectory], w) -> float:
+def _s_path_length(trajectories: list[_Trajectory], w: "Weights") -> float:
     "s_path of `guide-8`: max(0, 1 − var/mean²) of the word counts; 0 for texts without words. Uses no weight."
     mean, var = _mean_and_variance([t.length for t in trajectories])
     return max(0.0, 1 - var / mean**2) if mean else 0.0
@@ -270,10 +270,14 @@ def _s_wm(s_end: float, s_path: float, s_cf: float, w: Weights) -> float:
     "w.end·s_end + w.path·s_path + w.cf·s_cf, in [0, 1] for the weights of the presets."
     return w.end * s_end + w.path * s_path + w.cf * s_cf
 
-def _metrics(trajectories: list[_Trajectory], preset: Preset) -> dict[str, float | None]:
-    "All metrics of a set, in the forms that the preset names."
-    s_end, s_cf = _S_END[preset.s_end](trajectories), _S_CF[preset.s_cf](trajectories)
+def _parts(trajectories: list[_Trajectory], preset: Preset) -> tuple[float, float, float]:
+    "s_end, s_path and s_cf of a set, in the forms that the preset names."
     s_path = _S_PATH[preset.s_path](trajectories, preset.weights)
+    return _S_END[preset.s_end](trajectories), s_path, _S_CF[preset.s_cf](trajectories)
+
+def _metrics(trajectories: list[_Trajectory], preset: Preset) -> dict[str, float | None]:
+    "All metrics of a set: s_end, s_path, s_cf, s_probe and s_wm."
+    s_end, s_path, s_cf = _parts(trajectories, preset)
     s_wm = _s_wm(s_end, s_path, s_cf, preset.weights)
     return dict(s_end=s_end, s_path=s_path, s_cf=s_cf, s_probe=_s_probe(trajectories), s_wm=s_wm)
 
@@ -313,13 +317,13 @@ def _quality(t: _Trajectory, trajectories: list[_Trajectory], correct: list[_Tra
     return dict(conciseness=conciseness, alignment=alignment, quality=quality)
 
 # %% ../nbs/00_regime_w.ipynb #dc25784c
-def _support(t: _Trajectory, others: list[_Trajectory]) -> float:
-    "Share of the other trajectories with the same answer."
-    return fmean([_same(t, o) for o in others])
+def _support(agreeing: list[_Trajectory], others: list[_Trajectory]) -> float:
+    "Share of the other trajectories that have the same answer."
+    return len(agreeing) / len(others)
 
-def _centrality(t: _Trajectory, others: list[_Trajectory]) -> float:
+def _centrality(t: _Trajectory, agreeing: list[_Trajectory], others: list[_Trajectory]) -> float:
     "Mean Jaccard index with the others that have the same answer, with all others when none has."
-    return _mean_jaccard([(t, o) for o in others if _same(t, o)] or [(t, o) for o in others])
+    return _mean_jaccard([(t, o) for o in agreeing or others])
 
 def _coherence(support: float, centrality: float, share: float | None, w: Weights) -> float | None:
     "Mean of support, centrality and, where there is one, the ledger, weighted by w; None when all weights are 0."
@@ -328,15 +332,16 @@ def _coherence(support: float, centrality: float, share: float | None, w: Weight
     return total / weight if weight else None
 
 def _lift(others: list[_Trajectory], s_wm: float, preset: Preset) -> float:
-    "s_wm of the set minus s_wm of the set without the trajectory."
-    return s_wm - _metrics(others, preset)["s_wm"]
+    "s_wm of the set minus s_wm of the others, the set without the trajectory."
+    return s_wm - _s_wm(*_parts(others, preset), preset.weights)
 
-def _fit(t: _Trajectory, trajectories: list[_Trajectory], s_wm: float, preset: Preset) -> dict[str, float | int | None]:
+def _unlabelled_signals(t: _Trajectory, trajectories: list[_Trajectory], s_wm: float, preset: Preset) -> dict:
     "The signals of a trajectory that need no gold answer; in a set of one only those of the ledger have a value."
     share, others = t.ledger.share, [o for o in trajectories if o is not t]
     signals = dict(support=None, centrality=None, coherence=None, lift=None)
     if others:
-        support, centrality = _support(t, others), _centrality(t, others)
+        agreeing = [o for o in others if _same(t, o)]
+        support, centrality = _support(agreeing, others), _centrality(t, agreeing, others)
         coherence = _coherence(support, centrality, share, preset.weights)
         signals = dict(support=support, centrality=centrality, coherence=coherence, lift=_lift(others, s_wm, preset))
     return signals | dict(ledger=share, first_false=t.ledger.first_false)
@@ -350,12 +355,12 @@ def _gold(question: str, gold) -> tuple[int, int]:
     return value
 
 def _signals(t: _Trajectory, trajectories: list[_Trajectory], correct: list[_Trajectory], s_wm: float,
-             preset: Preset) -> dict[str, float | int | None]:
+             preset: Preset) -> dict:
     "All signals of a trajectory; None for one without a value."
     excess = max(0, t.tokens - preset.weights.free_tokens)
     agreement = float(len(correct) == len(trajectories))
     terms = dict(correct=float(t in correct), s_wm=s_wm, agreement=agreement, excess_tokens=float(excess))
-    return terms | _quality(t, trajectories, correct, preset) | _fit(t, trajectories, s_wm, preset)
+    return terms | _quality(t, trajectories, correct, preset) | _unlabelled_signals(t, trajectories, s_wm, preset)
 
 def score_rollout(
     trajectories: Iterable, # mappings or objects with arm_name, reasoning, answer and num_tokens
@@ -390,4 +395,4 @@ def score_unlabelled(
     "Metrics and the signals that need no gold answer. Raises ValueError like `score_question`."
     preset, read = find_preset(preset), _read(trajectories, question)
     metrics = _metrics(read, preset)
-    return metrics, [_fit(t, read, metrics["s_wm"], preset) for t in read]
+    return metrics, [_unlabelled_signals(t, read, metrics["s_wm"], preset) for t in read]

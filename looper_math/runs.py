@@ -256,7 +256,7 @@ def _only_phase_with(name: str, phases, source: str) -> str: # `common` where no
     raise Refused(f"{source}: {', '.join(names)} all have {name!r}; write {names[0]}.{target}=… for one of them "
                   f"or common.{target}=… for all")
 
-def read_flag(flag: str, phases) -> Override: # such as `04_dpo.seed=7`
+def read_flag(flag: str, phases) -> Override: # such as `04_dpo.min_pairs=20`
     "The override that a `-p` expresses; raises `Refused` when it is malformed or could mean several phases."
     source = f"-p {flag}"
     target, equals, value = flag.partition("=")
@@ -329,8 +329,11 @@ def _phases_with(override: Override, phases) -> list[str]:
     candidates = {phase: declared for phase, declared in phases.items() if override.phase in ("common", phase)}
     names = [phase for phase, declared in candidates.items() if override.name in declared]
     if names: return names
-    known = {name for declared in candidates.values() for name in declared if name != "run"}
-    raise SettingsError(f"{override.source}: unknown parameter {override.name!r}{nearest(override.name, known)}")
+    known = {name: p.default for declared in candidates.values() for name, p in declared.items() if name != "run"}
+    entries = [f"{name}.{override.name}" for name, default in known.items()
+               if isinstance(default, dict) and override.name in default]
+    hint = f"; did you mean {entries[0]!r}?" if entries else nearest(override.name, known)
+    raise SettingsError(f"{override.source}: unknown parameter {override.name!r}{hint}")
 
 def assign(overrides: list[Override], phases) -> dict[str, dict]: # phase → parameter → value, defaults included
     "The values with which each phase will run; raises `SettingsError` on an unknown name or a wrong type."
@@ -598,7 +601,7 @@ def _check_all(root: Path, folder: Path, recipe: str, chosen: list[str], values:
 def run_recipe(recipe: str, # a folder of `nbs/recipes`
                run: str = "", # name of the folder under `outputs`; the recipe's if empty
                first: str = "", last: str = "", # the phases to begin and to end with
-               flags: tuple = (), # parameters, each as `04_dpo.seed=7`
+               flags: tuple = (), # parameters, each as `04_dpo.min_pairs=20`
                root: Path = ROOT # the project's root
               ) -> dict | None: # the summary, once the evaluation is done
     "Run the phases of a recipe in order. All that can be refused is refused before a file is written."
@@ -616,16 +619,16 @@ def run_recipe(recipe: str, # a folder of `nbs/recipes`
             changed = {n: parameters[n] for n, p in phases[phase].items() if parameters[n] != p.default or n == "run"}
             label = f"[{k}/{len(phases)}] {phase:<{max(map(len, phases))}}"
             _run_phase(root, folder, phase, changed, state, label)
-        return _close(folder, list(phases), time.time() - start)
+        return _close(folder, time.time() - start)
 
-def _close(folder: Path, phases: list[str], seconds: float) -> dict | None:
+def _close(folder: Path, seconds: float) -> dict | None:
     "Write the summary and the report, and print the table of models, once the evaluation is done."
-    from looper_math import criteria, report  # slow imports, and a refusal needs neither
+    from looper_math import report  # a slow import, and a refusal does not need it
     summary = report.summarise(folder) if is_done(folder, "05_eval") else None
     if summary:
         write_json(folder/"summary.json", summary)
-        records.write_text(folder/"report.html", report.report_page(folder, phases, criteria.criteria(folder)))
-        files = f"report  {short_path(folder/'report.html')}\nnumbers {short_path(folder/'summary.json')}"
-        print(f"\n{report.as_text(report.ladder(summary))}\n\n{files}")
+        page = report.write_report(folder)
+        print(f"\n{report.accuracies(summary).to_string(index=False)}\n")
+        print(f"report  {short_path(page)}\nnumbers {short_path(folder/'summary.json')}")
     print(f"{report.clock(seconds)} in all")
     return summary

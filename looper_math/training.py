@@ -61,12 +61,12 @@ _FIXED = {
     "the phase prepares the rows": ("remove_unused_columns", "length_column_name", "label_names"),
     "`looper card --push` uploads a finished run": ("push_to_hub", "hub_")}
 
-# %% ../nbs/lib/16_training.ipynb #130ead64
 def precision() -> str: # no, bf16 or fp16
     "Arithmetic that suits this machine: bf16 where GPU or CPU have instructions for it, fp16 on another GPU."
     if torch.cuda.is_available(): return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "no"
 
+# %% ../nbs/lib/16_training.ipynb #130ead64
 class TrainerOptions:
     "What a settings class reads from its dictionary `trainer`."
     CONFIG = TrainingArguments   # TRL's config class of the phase, whose fields are the options

@@ -42,6 +42,6 @@ def record(question: dict, # with question_id, question and gold_answer
           ) -> dict:
     "A question's record: the metrics of Regime W, and the trajectories with their rewards and signals."
     from looper_math.regime_w import score_rollout  # imported here: a wheel without Regime W has the functions above
-    metrics, scored = score_rollout(trajectories, question["gold_answer"], preset=preset)
+    metrics, scored = score_rollout(trajectories, question["gold_answer"], preset, question["question_id"])
     return {k: question[k] for k in ("question_id", "question", "gold_answer")} | {
         "metrics": metrics, "trajectories": [t | s for t, s in zip(trajectories, scored)]}

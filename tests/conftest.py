@@ -53,7 +53,8 @@ def small(phase: str, **changes) -> dict:
 def start(module: str, settings: str, call: str, parameters: dict) -> subprocess.Popen:
     "The phase in a process of its own, so that it can be killed."
     code = WORKER.format(module=module, settings=settings, call=call)
-    return subprocess.Popen([sys.executable, "-c", code, json.dumps(parameters)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", code, json.dumps(parameters)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def kill_when(process: subprocess.Popen, reached, limit: float = 120):

@@ -15,7 +15,8 @@ from looper_math.cli import looper
 from looper_math.prompts import TEMPLATE
 from looper_math.records import ROOT, SettingsError, write_json
 
-QUESTION = "Mia has 12 plums. Mia buys 3 bags of 5 plums. Ben has 4 more plums than Mia. How many plums does Ben have now?"
+QUESTION = ("Mia has 12 plums. Mia buys 3 bags of 5 plums. Ben has 4 more plums than Mia. "
+            "How many plums does Ben have now?")
 BASE = "data/pocket-base"
 
 
@@ -26,10 +27,12 @@ def offline(monkeypatch):
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory, random_adapter):
-    "A root with one run, whose model `sft` is an adapter and which was trained under a layout and a preset of its own."
+    "A root with one run, whose model `sft` is an adapter, with a template and a preset of its own."
     root = tmp_path_factory.mktemp("project").resolve()
-    asked = {"base": BASE, "template": "Q: " + TEMPLATE, "max_new_tokens": 40, "models": {"base": "", "sft": random_adapter}}
-    write_json(root / "outputs/try/run.json", {"recipe": "pocket", "parameters": {"02_rollouts": {"preset": "guide-8"}, "05_eval": asked}})
+    models = {"base": "", "sft": random_adapter}
+    evaluation = {"base": BASE, "template": "Q: " + TEMPLATE, "max_new_tokens": 40, "models": models}
+    parameters = {"02_rollouts": {"preset": "guide-8"}, "05_eval": evaluation}
+    write_json(root / "outputs/try/run.json", {"recipe": "pocket", "parameters": parameters})
     return root
 
 
@@ -39,19 +42,21 @@ def answered(project):
 
 
 def test_terminal():
-    command = [str(Path(sys.executable).parent / "looper"), "ask", BASE, QUESTION, "--gold", "31", "--arm-set", "guide-8", "--max-new-tokens", "60"]
+    looper = str(Path(sys.executable).parent / "looper")
+    command = [looper, "ask", BASE, QUESTION, "--gold", "31", "--arm-set", "guide-8", "--max-new-tokens", "60"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr
     rows = re.findall(r"^ *(plain call|\w+_\d) .*$", done.stdout.partition("  arm")[2], re.MULTILINE)
     assert rows == ["plain call", *(a.name for a in prompts.arms("guide-8"))]
-    for said in ("support", "first_false", "reward", "s_wm", "Plurality: ", "Plain call: ", "Regime W scores solutions for training only."):
-        assert said in done.stdout
+    for text in ("support", "first_false", "reward", "s_wm", "Plurality: ", "Plain call: ", "for training only."):
+        assert text in done.stdout
 
 
 def test_a_run_says_how_its_model_is_asked(answered, project, random_adapter):
     assert answered.model == Model("try/sft", BASE, random_adapter, "Q: " + TEMPLATE, "guide-8", 40)
     assert [s["arm_name"] for s in answered.solutions] == [a.name for a in prompts.arms("guide-8")]
-    assert all(s["prompt"].startswith("Q: Question: Mia") and s["num_tokens"] <= 40 for s in [answered.plain, *answered.solutions])
+    for s in [answered.plain, *answered.solutions]:
+        assert s["prompt"].startswith("Q: Question: Mia") and s["num_tokens"] <= 40
     assert answered.plain["prompt"].split("\n")[1] == prompts.CANONICAL and answered.plain["temperature"] == 0
     base = ask("try/base", QUESTION, root=project)
     assert [s["prompt"] for s in base.solutions] == [s["prompt"] for s in answered.solutions]
@@ -59,7 +64,7 @@ def test_a_run_says_how_its_model_is_asked(answered, project, random_adapter):
 
 
 def test_scores_are_those_of_regime_w(answered):
-    "Also when it comes to what an arm did in truth, and not in a stand-in."
+    "Also for the solutions of a real engine, and not of a stand-in."
     metrics, scored = regime_w.score_rollout(answered.solutions, 31, "guide-8")
     assert answered.metrics == metrics
     assert [s["reward"] for s in answered.solutions] == [r["reward"] for r in scored]
@@ -68,26 +73,30 @@ def test_scores_are_those_of_regime_w(answered):
 
 def test_without_a_gold_answer_there_is_no_reward(answered, project):
     blind = ask("try/sft", QUESTION, root=project)
-    assert [s["full_text"] for s in blind.solutions] == [s["full_text"] for s in answered.solutions] and blind.metrics == answered.metrics
+    assert [s["full_text"] for s in blind.solutions] == [s["full_text"] for s in answered.solutions]
+    assert blind.metrics == answered.metrics
     for shown in (str(blind), blind._repr_html_()):
         assert not re.search("reward|correct|quality|right|wrong", shown) and "support" in shown
     assert re.search("right|wrong", str(answered)) and "reward" in answered._repr_html_()
 
 
-def test_the_users_own_words_win(project):
-    "Preset, arms, layout and length, each beside what the run says; a preset brings its arms."
-    own = ask("try/base", QUESTION, preset="core-variants", template="{question}\n{instruction}\n", max_new_tokens=3, root=project)
-    assert [s["arm_name"] for s in own.solutions] == [a.name for a in prompts.arms("core-variants")] and own.preset == "core-variants"
+def test_options_replace_those_of_the_run(project):
+    "Preset, arms, template and length, each instead of the run's; a preset brings its arms."
+    template = "{question}\n{instruction}\n"
+    own = ask("try/base", QUESTION, preset="core-variants", template=template, max_new_tokens=3, root=project)
+    assert [s["arm_name"] for s in own.solutions] == [a.name for a in prompts.arms("core-variants")]
+    assert own.preset == "core-variants"
     assert own.plain["prompt"].startswith("Mia has") and all(s["num_tokens"] <= 3 for s in own.solutions)
 
 
-def test_nobody_answers(project):
-    "One token is no answer: nothing is elected, nothing agrees, and both displays say so."
+def test_no_arm_gives_an_answer(project):
+    "One token is no answer: there is no plurality and no agreement, and both displays show it."
     cut = ask("try/base", "Why?", max_new_tokens=1, gold=1, root=project)
     assert {s["finish_reason"] for s in cut.solutions} == {"length"} and {s["answer"] for s in cut.solutions} == {None}
     assert cut.plurality == [] and cut.metrics["s_end"] == 0
     for shown in (str(cut), cut._repr_html_()):
-        assert "Plurality: none, as no arm gave an answer." in shown and "Plain call: no answer, which is wrong: 1 is right." in shown
+        assert "Plurality: none, as no arm gave an answer." in shown
+        assert "Plain call: no answer, which is wrong: 1 is right." in shown
 
 
 REFUSED = {
@@ -100,9 +109,12 @@ REFUSED = {
     "a misspelt folder": (["data/pocket-bass", QUESTION], "there is no model 'data/pocket-bass'"),
     "a folder outside": (["../../nowhere", QUESTION], "there is no model '../../nowhere'"),
     "a folder without a model": (["/etc", QUESTION], "there is no config.json in it"),
-    "an unknown preset": (["try/sft", QUESTION, "--preset", "platinum11"], "there is no preset 'platinum11'; did you mean 'platinum-11'?"),
-    "an unknown arm set": (["try/sft", QUESTION, "--arm-set", "guide"], "there is no arm set 'guide'; did you mean 'guide-8'?"),
-    "a gold answer without a number": (["try/sft", QUESTION, "--gold", "many"], "gold must state a number, such as 72, got 'many'"),
+    "an unknown preset": (["try/sft", QUESTION, "--preset", "platinum11"],
+                          "there is no preset 'platinum11'; did you mean 'platinum-11'?"),
+    "an unknown arm set": (["try/sft", QUESTION, "--arm-set", "guide"],
+                           "there is no arm set 'guide'; did you mean 'guide-8'?"),
+    "a gold answer without a number": (["try/sft", QUESTION, "--gold", "many"],
+                                       "gold must state a number, such as 72, got 'many'"),
     "a layout without a question": (["try/sft", QUESTION, "--template", "Solve!"], "template must hold {question}"),
     "a chat layout that the base does not have": (["try/sft", QUESTION, "--template", "chat"], "has no chat template"),
     "a negative length": (["try/sft", QUESTION, "--max-new-tokens", "-1"], "max_new_tokens must be 1 or more"),
@@ -126,7 +138,7 @@ def test_refused_before_a_model_is_loaded(project, case, capsys, monkeypatch):
 
 
 def test_adapters_elsewhere(tmp_path, random_adapter):
-    "An adapter that no phase of ours made names neither prompt nor base, and can still be asked by one who knows them."
+    "An adapter without a manifest has neither prompt nor base, and can still be asked when both are given."
     with pytest.raises(SettingsError, match="no manifest.json beside this adapter"):
         find_model(random_adapter)
     own = ask(Model("mine", BASE, random_adapter), QUESTION, plain=True)

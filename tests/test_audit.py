@@ -1,4 +1,4 @@
-"Faults injected into a sound log, one at a time: each must be found, at its rows, and none where there is none."
+"Faults injected into a sound log, one at a time: each must be reported, at its rows, and nothing else."
 import json
 import random
 from itertools import product
@@ -27,7 +27,8 @@ def sound():
     for k, q in enumerate(load_questions(TEST, limit=N)):
         steps = sft_target(q["answer"]).partition("\nAnswer")[0]
         answer = str(int(q["gold_answer"]) + (3 if k in WRONG else 0))
-        rows.append({"question": q["question"], "gold": q["gold_answer"], "completion": f"{steps}\nAnswer: {answer}", "correct": k not in WRONG, "finish_reason": "stop"})
+        rows.append({"question": q["question"], "gold": q["gold_answer"], "completion": f"{steps}\nAnswer: {answer}",
+                     "correct": k not in WRONG, "finish_reason": "stop"})
     return rows
 
 
@@ -41,27 +42,29 @@ def write(tmp_path):
     return to
 
 
-def found(log):
+def findings(log):
     return {name: rows for name, rows in log.findings.items() if rows}
 
 
 def test_a_sound_log_is_found_sound(sound, write):
     log = audit.rescore(write(sound), reference=TEST)
     assert log.accuracy == log.accuracy_strict == (N - len(WRONG), N)
-    assert found(log) == {"missing from the log": list(range(N, 2500))}
-    assert found(audit.rescore(pd.DataFrame(sound))) == {} and len(log.changes) == 0
+    assert findings(log) == {"missing from the log": list(range(N, 2500))}
+    assert findings(audit.rescore(pd.DataFrame(sound))) == {} and len(log.changes) == 0
 
 
 def changed(rows, k, **fields):
     return [r | (fields if i == k else {}) for i, r in enumerate(rows)]
 
 
-@pytest.mark.parametrize("piece", ["the end of the question", "the whole question", "a labelled question", "the end of the prompt"])
+@pytest.mark.parametrize("piece", ["the end of the question", "the whole question", "a labelled question",
+                                   "the end of the prompt"])
 def test_echo(sound, write, piece):
     "The prompt at the head of the output, and its example's number is not taken for the answer."
     k, row = 7, sound[7]
     prompt = f"Question: {row['question']}\nEnd with a line such as Answer: 42\nSolution:\n"
-    head = {"the end of the question": row["question"][-15:], "the whole question": row["question"], "a labelled question": "Question: " + row["question"], "the end of the prompt": prompt[-48:]}[piece]
+    head = {"the end of the question": row["question"][-15:], "the whole question": row["question"],
+            "a labelled question": "Question: " + row["question"], "the end of the prompt": prompt[-48:]}[piece]
     steps = row["completion"].partition("\nAnswer")[0]
     log = audit.rescore(write(changed(sound, k, completion=f"{head}\n{steps}", prompt=prompt)))
     assert log.findings["prompt echo"] == [k]
@@ -122,19 +125,25 @@ def test_quoting_is_no_echo(sound, write, text):
 
 
 def test_the_examples_number_graded_as_the_answer(sound, write):
-    "Echo, example and all, in every row, and no field that holds the prompt; a 42 of the question itself is no suspect."
-    rows = [r | {"completion": f"{r['question'][-30:]}\nEnd with a line such as Answer: 42\n{r['completion'].partition(chr(10) + 'Answer')[0]}", "correct": False} for r in sound]
+    "An echo with the example in every row, and no field that holds the prompt; a 42 of the question does not count."
+    steps = lambda r: r["completion"].partition("\nAnswer")[0]
+    echo = lambda r: f"{r['question'][-30:]}\nEnd with a line such as Answer: 42\n{steps(r)}"
+    rows = [r | {"completion": echo(r), "correct": False} for r in sound]
     log = audit.rescore(write(rows))
-    assert log.findings["prompt echo"] == list(range(N)) and log.findings["instruction number"] == [k for k, r in enumerate(rows) if "42" not in r["question"]]
+    assert log.findings["prompt echo"] == list(range(N))
+    assert log.findings["instruction number"] == [k for k, r in enumerate(rows) if "42" not in r["question"]]
     assert log.accuracy[0] > .9 * N and log.accuracy_strict == (0, N)
-    assert set(log.findings["recorded verdict differs"]) == set(log.table.index[log.table.correct]) and log.changes.why.str.contains("prompt echo").all()
+    assert set(log.findings["recorded verdict differs"]) == set(log.table.index[log.table.correct])
+    assert log.changes.why.str.contains("prompt echo").all()
 
 
 def test_a_number_of_the_instruction(sound, write):
-    rows = changed([r | {"prompt": f"{r['question']}\nGive the answer as in: Answer: 4242"} for r in sound], 3, completion="It is so.\nAnswer: 4242", correct=False)
+    instruction = "Give the answer as in: Answer: 4242"
+    rows = [r | {"prompt": f"{r['question']}\n{instruction}"} for r in sound]
+    rows = changed(rows, 3, completion="It is so.\nAnswer: 4242", correct=False)
     assert audit.rescore(write(rows)).findings["instruction number"] == [3]
     bare = [{k: v for k, v in r.items() if k != "prompt"} for r in rows]
-    assert audit.rescore(write(bare), instruction="Give the answer as in: Answer: 4242").findings["instruction number"] == [3]
+    assert audit.rescore(write(bare), instruction=instruction).findings["instruction number"] == [3]
 
 
 def test_one_wrong_answer_under_many_golds(sound, write):
@@ -150,7 +159,8 @@ def test_one_wrong_answer_under_many_golds(sound, write):
 def test_truncation(sound, write, how):
     text = sound[4]["completion"]
     if how == "by its text":
-        rows = [{k: v for k, v in r.items() if k != "finish_reason"} for r in changed(sound, 4, completion=text[: len(text) // 2].rstrip(". "), correct=False)]
+        half = changed(sound, 4, completion=text[: len(text) // 2].rstrip(". "), correct=False)
+        rows = [{k: v for k, v in r.items() if k != "finish_reason"} for r in half]
     else:
         rows = changed(sound, 4, finish_reason="length")
     log = audit.rescore(write(rows))
@@ -158,10 +168,11 @@ def test_truncation(sound, write, how):
 
 
 def test_a_gold_with_a_comma(sound, write):
-    "As text it is flagged; misread before it was written, it shows beside the data file, and the verdict that relied on it changes."
+    "As text it is a finding; misread before it was written, it differs from the data file, and the verdict changes."
     rows = changed(sound, 6, gold="114,200", completion="Answer: 114", correct=True)
     log = audit.rescore(write(rows))
-    assert log.findings["gold does not round-trip"] == [6] and log.findings["recorded verdict differs"] == [6] and log.changes.why[6] == "gold does not round-trip"
+    assert log.findings["gold does not round-trip"] == [6] and log.findings["recorded verdict differs"] == [6]
+    assert log.changes.why[6] == "gold does not round-trip"
     log = audit.rescore(write(changed(sound, 6, gold="114", completion="Answer: 114")), reference=TEST)
     assert log.findings["gold differs from the reference"] == [6]
 
@@ -177,14 +188,21 @@ def test_duplicates_missing_rows_and_order_in_one_log(sound, write):
 
 def test_faults_between_two_logs(sound, write):
     a = write(sound, "a.jsonl")
-    better = [r | ({"completion": f"Answer: {r['gold']}"} if k in (0, 5, 10) else {"completion": "Answer: -1"} if k == 1 else {}) for k, r in enumerate(sound)]
+    better = [dict(r) for r in sound]
+    for k in (0, 5, 10): better[k]["completion"] = f"Answer: {better[k]['gold']}"
+    better[1]["completion"] = "Answer: -1"
     shuffled = random.Random(0).sample(better, N)
     test = audit.compare_logs(a, write(shuffled, "b.jsonl"))
-    assert (test.gained, test.lost, test.n, test.difference) == (3, 1, N, 2 / N) and len(test.findings["other order"]) == N
-    assert test.interval[0] < test.difference < test.interval[1] and test.bootstrap == pytest.approx(test.interval, abs=.03) and "3 gained, 1 lost" in test.sentence and "No evidence" in test.sentence
-    assert sorted(test.changed.side) == ["gained"] * 3 + ["lost"] and set(test.changed.question) == {sound[k]["question"] for k in (0, 1, 5, 10)}
+    assert (test.gained, test.lost, test.n, test.difference) == (3, 1, N, 2 / N)
+    assert len(test.findings["other order"]) == N
+    assert test.interval[0] < test.difference < test.interval[1]
+    assert test.bootstrap == pytest.approx(test.interval, abs=.03)
+    assert "3 gained, 1 lost" in test.sentence and "No evidence" in test.sentence
+    assert sorted(test.changed.side) == ["gained"] * 3 + ["lost"]
+    assert set(test.changed.question) == {sound[k]["question"] for k in (0, 1, 5, 10)}
     missing = audit.compare_logs(a, write(better[:-9] + [better[3]], "b.jsonl"))
-    assert missing.n == N - 9 and missing.findings["missing from b"] == list(range(N - 9, N)) and missing.findings["twice in b"] == [N - 9]
+    assert missing.n == N - 9 and missing.findings["missing from b"] == list(range(N - 9, N))
+    assert missing.findings["twice in b"] == [N - 9]
     assert "missing from b: 9 rows" in missing.sentence and "twice in b: 1 rows" in missing.sentence
     golds = audit.compare_logs(a, write(changed(sound, 8, gold="1"), "b.jsonl"))
     assert golds.findings["gold differs"] == [8]
@@ -198,10 +216,11 @@ def test_greedy_and_sampled_are_not_compared(sound, write):
 
 def test_fields_by_path(sound, write):
     "A log in the layout of lm-evaluation-harness, each question once per filter; a wrong path names the right ones."
-    rows = [{"doc": {"question": r["question"], "answer": f"#### {r['gold']}"}, "resps": [[r["completion"]]], "arguments": {"gen_args_0": {"arg_0": r["question"]}}, "exact_match": float(r["correct"]), "filter": f}
-            for r in sound for f in ("strict-match", "flexible-extract")]
+    rows = [{"doc": {"question": r["question"], "answer": f"#### {r['gold']}"}, "resps": [[r["completion"]]],
+             "arguments": {"gen_args_0": {"arg_0": r["question"]}}, "exact_match": float(r["correct"]), "filter": name}
+            for r in sound for name in ("strict-match", "flexible-extract")]
     log = audit.rescore(write(rows), where={"filter": "strict-match"}, **LM_EVAL)
-    assert log.accuracy == (N - len(WRONG), N) and found(log) == {}
+    assert log.accuracy == (N - len(WRONG), N) and findings(log) == {}
     with pytest.raises(RecordError, match=r"no field 'question'; there are doc.question, doc.answer, resps\[0\]\[0\]"):
         audit.rescore(write(rows))
     with pytest.raises(RecordError, match="no field 'verdict'"):
@@ -298,13 +317,17 @@ def test_statistics_equal_the_libraries(sound, write):
     right_a, right_b = ([k not in WRONG for k in range(N)], [k % 3 > 0 for k in range(N)])
     table = [[sum(x == i and y == j for x, y in zip(right_a, right_b)) for j in (True, False)] for i in (True, False)]
     assert (test.gained, test.lost) == (table[1][0], table[0][1])
-    assert test.p == pytest.approx(mcnemar(table, exact=True).pvalue) == binomtest(test.gained, test.gained + test.lost).pvalue
+    assert test.p == binomtest(test.gained, test.gained + test.lost).pvalue
+    assert test.p == pytest.approx(mcnemar(table, exact=True).pvalue)
     ps = [.001, .02, .03, .4]
-    assert stats.holm(ps) == pytest.approx(multipletests(ps, method="holm")[1]) and not stats.holm(ps) == pytest.approx(false_discovery_control(ps))
+    assert stats.holm(ps) == pytest.approx(multipletests(ps, method="holm")[1])
+    assert stats.holm(ps) != pytest.approx(false_discovery_control(ps))
     for n, c in product((5, 8), (0, 1, 4)):
-        rows = pd.DataFrame([{"question_id": q, "gold": "1", "answer": "1" if k < c else str(-k), "correct": k < c} for q in "ab" for k in range(n)])
+        rows = pd.DataFrame([{"question_id": q, "gold": "1", "answer": "1" if k < c else str(-k), "correct": k < c}
+                             for q in "ab" for k in range(n)])
         got = grading.sampled(rows)
-        assert got["avg"][0] == pytest.approx(c / n) and got["pass"][str(n)][0] == (c > 0) and got["pass"]["1"][0] == pytest.approx(c / n)
+        assert got["avg"][0] == pytest.approx(c / n) and got["pass"]["1"][0] == pytest.approx(c / n)
+        assert got["pass"][str(n)][0] == (c > 0)
 
 
 def test_contamination_finds_a_planted_question():

@@ -10,16 +10,19 @@ from looper_math.data import load_questions, training_rows
 from looper_math.prompts import CANONICAL, build_prompt
 from looper_math.trajectories import trajectory
 
-CHAT = "{{ bos_token }}{% for m in messages %}{{ '<｜User｜>' + m['content'] }}{% endfor %}{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\\n' }}{% endif %}"
+CHAT = ("{{ bos_token }}{% for m in messages %}{{ '<｜User｜>' + m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\\n' }}{% endif %}")
 
 
 @pytest.fixture(scope="module")
 def reasoner(tmp_path_factory):
-    "Folder of the pocket base with four tokens more, a tokenizer that begins every text by itself, and a chat template that does so too."
+    "Folder of the pocket base with four tokens more; both its tokenizer and its chat template write the first token."
     folder = str(tmp_path_factory.mktemp("reasoner"))
     tokenizer, model = models.load_tokenizer("data/pocket-base"), models.load_base("data/pocket-base")
-    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in ("<｜User｜>", "<｜Assistant｜>", "<think>", "</think>")])
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    marks = "<｜User｜>", "<｜Assistant｜>", "<think>", "</think>"
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in marks])
+    begin = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = begin
     tokenizer.chat_template = CHAT
     model.resize_token_embeddings(len(tokenizer))
     model.save_pretrained(folder)
@@ -52,16 +55,19 @@ def test_a_training_row_is_the_templates_prompt_then_a_closed_thought_then_the_a
 
 def test_an_engine_gets_the_templates_tokens_and_hands_back_the_closing_tag(reasoner, question):
     tokenizer = models.load_tokenizer(reasoner)
-    request = engines.Request("q/wolfram_0", build_prompt(question["question"], template=models.prompt_template(reasoner, "chat")), max_new_tokens=20)
+    template = models.prompt_template(reasoner, "chat")
+    request = engines.Request("q/wolfram_0", build_prompt(question["question"], template=template), max_new_tokens=20)
     job, = engines.tokenize([request], tokenizer, 500)
     assert job.ids == chat_ids(tokenizer, question)
     target = training_rows([question], models.prompt_template(reasoner, "chat"))[0]["completion"]
     tokens = tokenizer(target, add_special_tokens=False).input_ids
     done = engines.completion(request, [*tokens, tokenizer.eos_token_id], [tokenizer.eos_token_id], tokenizer)
     assert done.text == target and trajectory(request, done, question["gold_answer"])["correct"]
-    thought = engines.completion(request, tokens[:tokens.index(tokenizer.convert_tokens_to_ids("</think>"))], [tokenizer.eos_token_id], tokenizer)
+    thinking = tokens[:tokens.index(tokenizer.convert_tokens_to_ids("</think>"))]
+    thought = engines.completion(request, thinking, [tokenizer.eos_token_id], tokenizer)
     unfinished = trajectory(request, thought, question["gold_answer"])
-    assert (unfinished["answer"], unfinished["correct"], unfinished["finish_reason"]) == (None, False, "length") and unfinished["reasoning"]
+    assert (unfinished["answer"], unfinished["correct"], unfinished["finish_reason"]) == (None, False, "length")
+    assert unfinished["reasoning"]
 
 
 def test_the_word_chat_is_what_is_recorded(reasoner):

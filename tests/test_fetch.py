@@ -17,21 +17,25 @@ SHARED = ROOT.parent / "shared/data"  # GSM8K where it was laid beside the proje
 def hub(monkeypatch, tmp_path):
     "Three small data sets instead of the hub's, and a project that has none of their files."
     sizes = dict(zip(data.HUB_FILES, (4, 2, 1)))
-    monkeypatch.setattr(data, "HUB_FILES", {file: f._replace(questions=sizes[file]) for file, f in data.HUB_FILES.items()})
+    files = {file: f._replace(questions=sizes[file]) for file, f in data.HUB_FILES.items()}
+    monkeypatch.setattr(data, "HUB_FILES", files)
     monkeypatch.setattr(records, "ROOT", tmp_path)
-    asked = []
+    calls = []
 
     def load(name, config, split, revision=None):
-        asked.append((name, config, split, revision))
+        calls.append((name, config, split, revision))
         n = next(f.questions for f in data.HUB_FILES.values() if (f.name, f.split) == (name, split))
         rows = [{"question": f"How many are {i} {name} {split}?", "answer": f"#### {i}"} for i in range(n)]
         return [row | {"cleaning_status": "consensus"} for row in rows]
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    return asked
+    return calls
 
 
-def no_hub(monkeypatch, error=ConnectionError("Couldn't reach the hub")):
+NO_NETWORK = ConnectionError("Couldn't reach the hub")
+
+
+def no_hub(monkeypatch, error=NO_NETWORK):
     def load(*args, **kwargs):
         raise error
 
@@ -154,9 +158,9 @@ def test_merge_finds_a_model_of_a_run(random_adapter, tmp_path, capsys):
     "A run in another project folder, and a base whose own folder is named in full."
     run = tmp_path / "outputs/try"
     (run / "05_eval").mkdir(parents=True)
-    asked = {"models": {"base": "", "dpo": random_adapter}, "base": "data/pocket-base", "template": "{question}"}
-    asked |= {"max_new_tokens": 9}
-    (run / "run.json").write_text(json.dumps({"recipe": "x", "parameters": {"05_eval": asked}, "seconds": {}}))
+    evaluation = {"models": {"base": "", "dpo": random_adapter}, "base": "data/pocket-base", "template": "{question}"}
+    evaluation |= {"max_new_tokens": 9}
+    (run / "run.json").write_text(json.dumps({"recipe": "x", "parameters": {"05_eval": evaluation}, "seconds": {}}))
     looper(["merge", "try/dpo", str(tmp_path / "merged")], tmp_path)
     assert (tmp_path / "merged/merged_from.json").exists()
     out = tmp_path / "b"

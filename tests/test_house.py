@@ -22,10 +22,10 @@ FLOORS = [
     {"decoding"},
     {"serving"},
     {"cards", "criteria", "engines", "show"},
-    {"eval_jobs", "heldout", "trajectories"},
+    {"eval_jobs", "heldout", "pairs", "trajectories"},
     {"ask", "importing", "tables", "verdicts"},
     {"runs", "training", "ppo"},
-    {"cli", "dpo_trainer", "sampler"},
+    {"cli", "demonstrations", "dpo_trainer", "sampler"},
     {"sft", "rollouts", "preferences", "dpo", "evaluation", "online_rl"},
 ]
 MODULES = sorted(p.stem for p in (ROOT / "looper_math").glob("[a-z]*.py"))

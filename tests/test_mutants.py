@@ -22,11 +22,11 @@ SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mul
          ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
          ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is}
 FUNCTIONS = {"max": "min", "min": "max", "all": "any", "any": "all", "fmean": "max", "sum": "max", "len": "bool",
-             "_support": "_centrality", "_centrality": "_support", "_groups": "list", "combinations": "product"}
+             "_groups": "list", "combinations": "product"}
 WEIGHTS = {"end": "path", "path": "cf", "cf": "end", "length": "overlap", "overlap": "paraphrase",
            "paraphrase": "length", "conciseness": "alignment", "alignment": "conciseness", "support": "centrality",
            "centrality": "ledger", "ledger": "support"}
-SETS = {"trajectories": "correct", "correct": "trajectories", "others": "trajectories"}
+SETS = {"trajectories": "correct", "correct": "trajectories", "others": "trajectories", "agreeing": "others"}
 PROBES = {"A": "A_prime", "A_prime": "CF1", "CF1": "A"}
 
 FORMS = {"s_end": ("pairs", "largest"), "s_path": ("overlap", "length"), "s_cf": ("consensus", "consistency"),
@@ -107,7 +107,7 @@ def survivors(changed, start, sources, space):
         try: execute([("mutant", source), *sources[start + 1:]], space)
         except Exception: pass
         else: left.append(name)
-        finally:   # the functions of earlier cells look their globals up in this very dict
+        finally:   # the functions of earlier cells read their globals from this dict
             space.clear()
             space.update(saved)
     return left

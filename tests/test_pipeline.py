@@ -58,21 +58,21 @@ def test_dpo_alone_and_after_a_kill(small_run):
     assert not (other / "04_dpo" / "manifest.json").exists()
     again = papermill("04_dpo", other / "04_dpo.ipynb", run=other.name, **inputs)
     assert again.returncode == 0, again.stderr[-3000:]
-    resumed = load_file(checkpoints / "adapter_model.safetensors")
+    resumed = load_file(trained / "adapter_model.safetensors")
     assert unbroken.keys() == resumed.keys()
     assert max((unbroken[k] - resumed[k]).abs().max().item() for k in unbroken) < 1e-5
     shutil.rmtree(other)
 
 
-@pytest.mark.parametrize("parameters, message", [
-    ({"min_pair": 5}, "did you mean 'min_pairs'"),
-    ({"trainer": {"betta": 0.5}}, "did you mean 'beta'"),
-    ({"trainer": {"beta": "high"}}, "trainer.beta must be float"),
-    ({"trainer": {"beta": 0.7}}, "another configuration"),
-    ({"run": "pytest-nowhere"}, "run the phase that makes it"),
+@pytest.mark.parametrize("phase, parameters, message", [
+    ("04_dpo", {"min_pair": 5}, "did you mean 'min_pairs'"),
+    ("04_dpo", {"trainer": {"betta": 0.5}}, "did you mean 'beta'"),
+    ("04_dpo", {"trainer": {"beta": "high"}}, "trainer.beta must be float"),
+    ("04_dpo", {"trainer": {"beta": 0.7}}, "another configuration"),
+    ("04_dpo", {"run": "pytest-nowhere"}, "run the phase that makes it"),
 ])
-def test_refused_at_once_and_nothing_changed(small_run, tmp_path, parameters, message):
-    "A misspelt or ill-typed parameter, another configuration, a missing input: a helpful message, and no file changes."
+def test_refused_at_once_and_nothing_changed(small_run, tmp_path, phase, parameters, message):
+    "A misspelt or ill-typed parameter, another configuration, a missing input: a clear message, and no file changes."
     if not (small_run / "04_dpo" / "manifest.json").exists():
         assert papermill("04_dpo", small_run / "04_dpo.ipynb").returncode == 0
     files = lambda: {p: p.stat().st_mtime_ns for p in small_run.rglob("*")}

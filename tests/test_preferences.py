@@ -6,13 +6,17 @@ import math
 import random
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
-from looper_math import records
-from looper_math.preferences import CHOICES, PreferenceSettings, build_pairs, build_pairs_report, compare_policies, inertness_audit, main, open_phase, pair_table, read_rollouts
+from looper_math import pairs as pairing, records
+from looper_math.pairs import CHOICES, build_pairs, build_pairs_report, compare_policies, inertness_audit
+from looper_math.preferences import PreferenceSettings, main, open_phase
 from looper_math.prompts import arms, build_prompt
 from looper_math.records import RecordError, RunConflict, SettingsError
-from looper_math.regime_w import PRESETS, score_records
+from looper_math.regime_w import PRESETS, REWARD_TERMS, score_records
+
+settings.register_profile("no deadline", deadline=None)  # other processes may hold the cores
+settings.load_profile("no deadline")
 
 ARMS = [a.name for a in arms()]
 PROMPTS = {a.name: build_prompt("Q", a.instruction) for a in arms()}
@@ -22,20 +26,24 @@ FIELDS = ["question_id", "question", "gold_answer", "prompt", "chosen", "rejecte
 
 def trajectory(arm, text, reward, finish="stop"):
     answer = text.split()[-1] if text.strip() else None
-    return dict(arm_name=arm, prompt=PROMPTS[arm], full_text=text, reasoning=text, answer=answer, num_tokens=len(text), finish_reason=finish,
-                correct=answer == "7", reward=reward)
+    return dict(arm_name=arm, prompt=PROMPTS[arm], full_text=text, reasoning=text, answer=answer, num_tokens=len(text),
+                finish_reason=finish, correct=answer == "7", reward=reward)
 
 
-TEXTS = st.sampled_from(["3 + 4 = 7", "3 + 1 = 4\n4 + 3 = 7", "3 + 1 = 4\n4 + 3 = 8", "3 + 1 = 4\n4 + 3 = 7\nso 7", "4 + 3 = 7", "so 7", " so 7 ", "3 + 4 = 8", "3 * 4 = 12", "well 8", "", "perhaps 12"])
-TRAJECTORIES = st.lists(st.builds(trajectory, st.sampled_from(ARMS), TEXTS, st.sampled_from([0., .5, .505, 1., 1.2, 1.5]),
-                                  st.sampled_from(["stop", "stop", "length"])), min_size=1, max_size=11, unique_by=lambda t: t["arm_name"])
+TEXTS = st.sampled_from(["3 + 4 = 7", "3 + 1 = 4\n4 + 3 = 7", "3 + 1 = 4\n4 + 3 = 8", "3 + 1 = 4\n4 + 3 = 7\nso 7",
+                         "4 + 3 = 7", "so 7", " so 7 ", "3 + 4 = 8", "3 * 4 = 12", "well 8", "", "perhaps 12"])
+REWARDS, REASONS = st.sampled_from([0., .5, .505, 1., 1.2, 1.5]), st.sampled_from(["stop", "stop", "length"])
+TRAJECTORIES = st.lists(st.builds(trajectory, st.sampled_from(ARMS), TEXTS, REWARDS, REASONS),
+                        min_size=1, max_size=11, unique_by=lambda t: t["arm_name"])
 ROLLOUTS = st.lists(TRAJECTORIES, max_size=4).map(
-    lambda sets: [dict(question_id=f"q{i}", question=f"Q{i}?", gold_answer="7", trajectories=t) for i, t in enumerate(sets)])
+    lambda sets: [dict(question_id=f"q{i}", question=f"Q{i}?", gold_answer="7", trajectories=t)
+                  for i, t in enumerate(sets)])
 RULES = st.fixed_dictionaries(dict(policy=st.sampled_from(CHOICES["policy"]),
                                    coherence=st.sampled_from(CHOICES["coherence"]),
                                    pairing=st.sampled_from(CHOICES["pairing"]),
-                                   pair_types=st.sampled_from(CHOICES["pair_types"]), prompt=st.sampled_from(CHOICES["prompt"]),
-                                   threshold=st.sampled_from([0., .01, .4]), cap=st.integers(1, 5), seed=st.integers(0, 3)))
+                                   pair_types=st.sampled_from(CHOICES["pair_types"]),
+                                   prompt=st.sampled_from(CHOICES["prompt"]), threshold=st.sampled_from([0., .01, .4]),
+                                   cap=st.integers(1, 5), seed=st.integers(0, 3)))
 
 
 def coherence_pairs(pairs): return [p for p in pairs if p["pair_type"] == "coherence"]
@@ -44,7 +52,8 @@ def coherence_pairs(pairs): return [p for p in pairs if p["pair_type"] == "coher
 def sides(rollouts, pair):
     "The chosen and the rejected trajectory of a pair."
     record = next(r for r in rollouts if r["question_id"] == pair["question_id"])
-    return [next(t for t in record["trajectories"] if t["arm_name"] == pair[f"{side}_arm"]) for side in ("chosen", "rejected")]
+    by_arm = {t["arm_name"]: t for t in record["trajectories"]}
+    return [by_arm[pair[f"{side}_arm"]] for side in ("chosen", "rejected")]
 
 
 @given(ROLLOUTS, RULES)
@@ -52,13 +61,15 @@ def test_every_pair_is_what_it_says(rollouts, rules):
     for pair in build_pairs(rollouts, **rules):
         chosen, rejected = sides(rollouts, pair)
         assert list(pair) == FIELDS
-        asked = build_prompt(pair["question"]) if rules["prompt"] == "canonical" else chosen["prompt"]
+        prompt = build_prompt(pair["question"]) if rules["prompt"] == "canonical" else chosen["prompt"]
         if rules["policy"] == "first-error" and pair["pair_type"] == "correctness":
-            assert all(pair["prompt"] + pair[side] == asked + t["full_text"].strip() for side, t in (("chosen", chosen), ("rejected", rejected)))
-            assert pair["chosen"].split("\n")[0] != pair["rejected"].split("\n")[0] or "\n" not in min(pair["chosen"], pair["rejected"], key=lambda t: t.count("\n"))
+            for side, t in (("chosen", chosen), ("rejected", rejected)):
+                assert pair["prompt"] + pair[side] == prompt + t["full_text"].strip()
+            lines = pair["chosen"].split("\n"), pair["rejected"].split("\n")
+            assert lines[0][0] != lines[1][0] or min(map(len, lines)) == 1
         else:
             assert (pair["chosen"], pair["rejected"]) == (chosen["full_text"], rejected["full_text"])
-            assert pair["prompt"] == asked
+            assert pair["prompt"] == prompt
         assert (pair["chosen_reward"], pair["rejected_reward"]) == (chosen["reward"], rejected["reward"])
         assert pair["chosen"].strip() != pair["rejected"].strip()
         assert chosen["correct"] and chosen["finish_reason"] == "stop"
@@ -101,7 +112,8 @@ def test_all_makes_every_right_over_every_wrong_text(rollouts):
         wrong = {t["full_text"].strip() for t in r["trajectories"] if not t["correct"]}
         expected |= {(r["question_id"], c, w) for c in right for w in wrong}
     made = build_pairs(rollouts, pair_types="correctness")
-    assert {(p["question_id"], p["chosen"].strip(), p["rejected"].strip()) for p in made} == expected and len(made) == len(expected)
+    assert {(p["question_id"], p["chosen"].strip(), p["rejected"].strip()) for p in made} == expected
+    assert len(made) == len(expected)
 
 
 @given(ROLLOUTS, RULES)
@@ -114,14 +126,17 @@ def test_the_account_adds_up(rollouts, rules):
     assert everything["correctness"] == report["correctness"] + report["dropped_left_by_policy"]
     assert everything["coherence"] == report["coherence"] + report["dropped_coherence_left_by_policy"]
     assert everything["dropped_left_by_policy"] == everything["dropped_coherence_left_by_policy"] == 0
-    assert report["dropped_cut_off"] == sum(t["correct"] and t["finish_reason"] == "length" for r in rollouts for t in r["trajectories"])
+    solutions = [t for r in rollouts for t in r["trajectories"]]
+    assert report["dropped_cut_off"] == sum(t["correct"] and t["finish_reason"] == "length" for t in solutions)
 
 
-def record(*trajectories): return [dict(question_id="q", question="Q?", gold_answer="7", trajectories=list(trajectories))]
+def record(*trajectories):
+    return [dict(question_id="q", question="Q?", gold_answer="7", trajectories=list(trajectories))]
 
 
 def test_coherence_is_best_over_worst():
-    rollouts = record(trajectory(ARMS[0], "a 7", 1.2), trajectory(ARMS[1], "b 7", 1.9), trajectory(ARMS[2], "c 7", 1.5), trajectory(ARMS[3], "d 7", 1.0))
+    solutions = (("a 7", 1.2), ("b 7", 1.9), ("c 7", 1.5), ("d 7", 1.0))
+    rollouts = record(*(trajectory(arm, *solution) for arm, solution in zip(ARMS, solutions)))
     pair, = build_pairs(rollouts)
     assert (pair["chosen"], pair["rejected"]) == ("b 7", "d 7")
     assert build_pairs(rollouts, threshold=.9) == []
@@ -155,14 +170,15 @@ def test_best_worst_is_the_first_of_all_above_the_threshold(rollouts, rules):
     assert one == list({p["question_id"]: p for p in every[::-1]}.values())[::-1]
 
 
-FIXTURE_DIGESTS = {"platinum-11": "8ab265f6c2c1dfb5", "leave-one-out": "946e1888aa496cfb"}
+FIXTURE_DIGESTS = {"platinum-11": "a51cb816c15470c6", "leave-one-out": "b5aa86fa440f254e"}
 
 
 @pytest.mark.parametrize("preset", FIXTURE_DIGESTS)
 def test_the_default_pairs_of_the_fixture_stay_what_they_were(preset):
-    "Bit for bit, as at the commit before there was a choice of coherence pairs."
-    rollouts = read_rollouts("data/fixtures/rollouts.jsonl")
-    pairs = [build_pairs(score_records(rollouts, preset), policy, cap=cap)
+    "As at the commit before there was a choice of coherence pairs: the same records, rewards rounded to ten decimals."
+    def rounded(pair): return {name: round(v, 10) if isinstance(v, float) else v for name, v in pair.items()}
+    rollouts = pairing.read_rollouts("data/fixtures/rollouts.jsonl")
+    pairs = [[rounded(p) for p in build_pairs(score_records(rollouts, preset), policy, cap=cap)]
              for policy in ("all", "capped", "best-worst", "hard", "first-error") for cap in (1, 4)]
     assert hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16] == FIXTURE_DIGESTS[preset]
 
@@ -172,8 +188,9 @@ def test_equal_rewards_make_no_coherence_pair():
 
 
 def test_hard_takes_the_common_mistake_and_the_closest_wording():
-    rollouts = record(trajectory(ARMS[0], "three and four make 7", 1.), trajectory(ARMS[1], "add them up : 7", 1.), trajectory(ARMS[2], "three and four make 8", 0.),
-                      trajectory(ARMS[3], "surely 8", 0.), trajectory(ARMS[4], "add them up : 12", 0.), trajectory(ARMS[5], "", 0.))
+    solutions = (("three and four make 7", 1.), ("add them up : 7", 1.), ("three and four make 8", 0.),
+                 ("surely 8", 0.), ("add them up : 12", 0.), ("", 0.))
+    rollouts = record(*(trajectory(arm, *solution) for arm, solution in zip(ARMS, solutions)))
     pair, = build_pairs(rollouts, "hard")
     assert (pair["chosen"], pair["rejected"]) == ("three and four make 7", "three and four make 8")
 
@@ -217,24 +234,26 @@ def test_unscored_trajectories_are_refused():
 
 def raw_rollouts(n, seed=0):
     "Unscored records in which half of the texts are wrong and lengths differ."
-    rng = random.Random(seed)
-    made = []
+    rng, records = random.Random(seed), []
     for k in range(n):
         trajectories = []
         for arm in ARMS:
             total = 7 if rng.random() < .6 else rng.choice([8, 12])
-            text = " ".join(rng.choices("so we add three and four apples then".split(), k=rng.randint(3, 12))) + f" 3 + 4 = {total}"
-            trajectories.append(dict(arm_name=arm, prompt=PROMPTS[arm], full_text=f"{text}\nAnswer: {total}", reasoning=text, answer=str(total),
-                                     answer_strict=str(total), num_tokens=rng.randint(400, 700), finish_reason="stop", seed=1))
-        made.append(dict(question_id=f"{k:016x}", question=f"Question {k}?", gold_answer="7", trajectories=trajectories))
-    return made
+            words = rng.choices("so we add three and four apples then".split(), k=rng.randint(3, 12))
+            text = f"{' '.join(words)} 3 + 4 = {total}"
+            trajectories.append(dict(arm_name=arm, prompt=PROMPTS[arm], full_text=f"{text}\nAnswer: {total}",
+                                     reasoning=text, answer=str(total), answer_strict=str(total),
+                                     num_tokens=rng.randint(400, 700), finish_reason="stop", seed=1))
+        records.append(dict(question_id=f"{k:016x}", question=f"Question {k}?", gold_answer="7",
+                            trajectories=trajectories))
+    return records
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("policy", CHOICES["policy"])
 def test_terms_of_the_set_are_always_inert(preset, policy):
     audit = inertness_audit(raw_rollouts(12), preset, policy=policy)
-    assert set(audit.index) == {t for t in ("correct", "s_wm", "quality", "agreement", "coherence", "lift", "excess_tokens") if getattr(PRESETS[preset].weights, t)}
+    assert set(audit.index) == {term for term in REWARD_TERMS if getattr(PRESETS[preset].weights, term)}
     for term in {"s_wm", "agreement"} & set(audit.index):
         assert audit.gone[term] == audit.new[term] == audit.swapped[term] == 0
         assert audit.sentence[term].startswith(f"{term} cannot change any pair in this preset")
@@ -289,7 +308,8 @@ def test_the_audit_counts_what_quality_does():
     rollouts = raw_rollouts(40)
     preset = PRESETS["platinum-11"]
     without = dataclasses.replace(preset, name="none", weights=dataclasses.replace(preset.weights, quality=0.0))
-    before, after = ({(p["question_id"], p["chosen"], p["rejected"]) for p in build_pairs(score_records(rollouts, s))} for s in (preset, without))
+    pairs_of = lambda preset: build_pairs(score_records(rollouts, preset))
+    before, after = ({(p["question_id"], p["chosen"], p["rejected"]) for p in pairs_of(s)} for s in (preset, without))
     row = inertness_audit(rollouts, preset).loc["quality"]
     assert (row.pairs, row.gone, row.new) == (len(before), len(before - after), len(after - before)) and row.gone > 0
     assert row.swapped == len({(q, r, c) for q, c, r in before} & after)
@@ -300,7 +320,8 @@ def test_comparison_of_policies_agrees_with_the_pairs():
     summary, per_question = compare_policies(scored, cap=2)
     for policy in CHOICES["policy"]:
         pairs = build_pairs(scored, policy, cap=2)
-        assert summary.loc[policy, ["correctness", "coherence"]].sum() == len(pairs) == per_question[per_question.policy == policy].pairs.sum()
+        assert summary.loc[policy, ["correctness", "coherence"]].sum() == len(pairs)
+        assert per_question[per_question.policy == policy].pairs.sum() == len(pairs)
 
 
 @pytest.fixture
@@ -319,19 +340,20 @@ def files(s): return {p: p.read_bytes() for p in s.path.parent.glob("*")} if s.p
 
 def test_the_phase_writes_pairs_and_a_manifest_once(phase):
     pairs = main(phase)
-    assert pairs == records.read_records(phase.path) == build_pairs(read_rollouts(phase.rollouts), **phase.rules)
+    rollouts = pairing.read_rollouts(phase.rollouts)
+    assert pairs == records.read_records(phase.path) == build_pairs(rollouts, **phase.rules)
     counts, metrics = (open_phase(phase).manifest[k] for k in ("counts", "metrics"))
     assert counts["correctness"] + counts["coherence"] == len(pairs)
     assert metrics["weights"]["quality"] == .3 and "agreement" in metrics["limits"]
     before = files(phase)
     assert main(phase) == pairs and files(phase) == before
-    assert len(pair_table(pairs, read_rollouts(phase.rollouts))) == len(pairs)
+    assert len(pairing.pair_table(pairs, rollouts)) == len(pairs)
 
 
 def test_another_preset_scores_the_same_rollouts_anew(phase):
     other = main(dataclasses.replace(phase, preset="leave-one-out"))
-    assert other == build_pairs(score_records(read_rollouts(phase.rollouts), "leave-one-out"), **phase.rules)
-    assert other != build_pairs(read_rollouts(phase.rollouts), **phase.rules)
+    assert other == build_pairs(score_records(pairing.read_rollouts(phase.rollouts), "leave-one-out"), **phase.rules)
+    assert other != build_pairs(pairing.read_rollouts(phase.rollouts), **phase.rules)
 
 
 def test_another_configuration_is_refused_and_nothing_changes(phase):
@@ -341,14 +363,20 @@ def test_another_configuration_is_refused_and_nothing_changes(phase):
     assert files(phase) == before
 
 
+def without(values, name): return {k: v for k, v in values.items() if k != name}
+
+
 BROKEN = {
     "no trajectories": (lambda r: r | {"trajectories": []}, "line 2.*'trajectories' is empty"),
-    "no question": (lambda r: {k: v for k, v in r.items() if k != "question"}, "line 2.*'question' is missing"),
-    "no text": (lambda r: r | {"trajectories": [{k: v for k, v in r["trajectories"][0].items() if k != "full_text"}]}, "line 2, trajectory 0.*'full_text' is missing"),
-    "tokens as text": (lambda r: r | {"trajectories": [r["trajectories"][0], r["trajectories"][1] | {"num_tokens": "12"}]}, "line 2, trajectory 1.*'num_tokens' must be int"),
+    "no question": (lambda r: without(r, "question"), "line 2.*'question' is missing"),
+    "no text": (lambda r: r | {"trajectories": [without(r["trajectories"][0], "full_text")]},
+                "line 2, trajectory 0.*'full_text' is missing"),
+    "tokens as text": (lambda r: r | {"trajectories": [r["trajectories"][0] | {"num_tokens": "12"}]},
+                       "line 2, trajectory 0.*'num_tokens' must be int"),
     "negative tokens": (lambda r: r | {"trajectories": [r["trajectories"][0] | {"num_tokens": -1}]},
                         "line 2, trajectory 0: field 'num_tokens' must be 0 or more"),
-    "answer as number": (lambda r: r | {"trajectories": [r["trajectories"][0] | {"answer": 7}]}, "line 2.*'answer' must be text or null"),
+    "answer as number": (lambda r: r | {"trajectories": [r["trajectories"][0] | {"answer": 7}]},
+                         "line 2.*'answer' must be text or null"),
     "no object": (lambda r: r | {"trajectories": ["3 + 4 = 7"]}, "line 2, trajectory 0: expected an object"),
     "twice": (lambda r: r | {"question_id": f"{0:016x}"}, "line 2.*already in line 1"),
 }
@@ -375,6 +403,8 @@ def test_missing_rollouts_and_no_pairs(phase):
 
 
 def test_bad_settings():
-    with pytest.raises(SettingsError, match="did you mean 'capped'"): PreferenceSettings(run="r", base="data/pocket-base", rollouts="", preset="platinum-11", policy="caped")
-    with pytest.raises(ValueError, match="platinum-11"): PreferenceSettings(run="r", base="data/pocket-base", rollouts="", preset="platinum11")
-    with pytest.raises(SettingsError): PreferenceSettings(run="../r", base="data/pocket-base", rollouts="", preset="platinum-11")
+    sound = dict(run="r", base="data/pocket-base", rollouts="", preset="platinum-11")
+    for change, error, message in (({"policy": "caped"}, SettingsError, "did you mean 'capped'"),
+                                   ({"preset": "platinum11"}, ValueError, "platinum-11"),
+                                   ({"run": "../r"}, SettingsError, "run must be a name")):
+        with pytest.raises(error, match=message): PreferenceSettings(**sound | change)

@@ -58,8 +58,8 @@ def test_arms_are_the_presets_wherever_arms_answer(recipe):
         assert set(v["04_dpo"]["control_arms"]) <= {a.name for a in arms(rollouts["arm_set"])}
 
 
-def length(p: dict) -> int:
-    "Tokens of the longest sample of a phase."
+def longest_completion(p):
+    "Tokens of the longest solution that a phase samples."
     return p["max_new_tokens"] if "max_new_tokens" in p else p["trainer"]["max_completion_length"]
 
 
@@ -69,8 +69,8 @@ def test_there_is_room_for_the_length_penalty_and_for_what_is_trained_on(recipe)
     sampled = [p for p in ("02_rollouts", "06_online_rl") if p in v]
     for phase in sampled:
         free = v[phase].get("weights", {}).get("free_tokens", find_preset(v[phase]["preset"]).weights.free_tokens)
-        assert length(v[phase]) >= 2 * free, phase
-    longest = max(length(v[p]) for p in sampled)
+        assert longest_completion(v[phase]) >= 2 * free, phase
+    longest = max(longest_completion(v[phase]) for phase in sampled)
     for phase, p in v.items():
         assert p.get("max_new_tokens", longest) >= longest, f"{phase} would cut off what {sampled} may write"
         trained_on = longest if phase == "04_dpo" or p.get("targets", "human") != "human" else 512
@@ -106,7 +106,8 @@ def test_updates_are_those_of_the_comments(recipe):
     for phase in ("01_sft", "04_dpo", "06_online_rl"):
         if phase not in v: continue
         p, source = v[phase], text(recipe, phase)
-        rows = p["trainer"]["per_device_train_batch_size"] // (len(arms(p["arm_set"])) if phase == "06_online_rl" else 1)
+        members = len(arms(p["arm_set"])) if phase == "06_online_rl" else 1
+        rows = p["trainer"]["per_device_train_batch_size"] // members
         batch = rows * p["trainer"].get("gradient_accumulation_steps", 1) * max(1, p["n_gpu"])
         stated = re.search(r"(\d+) (?:rows|pairs|questions) (?:\(\d+ trajectories\) )?an update", source)
         if stated: assert int(stated[1]) == batch, phase

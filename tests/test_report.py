@@ -1,10 +1,11 @@
 "The documents' expectations beside a run's numbers, for each preset, with real rollouts and pairs."
 import random
+import re
 
 import pytest
 
-from looper_math import criteria
-from looper_math.preferences import build_pairs_report, reward_terms
+from looper_math import criteria, report
+from looper_math.pairs import build_pairs_report, reward_terms
 from looper_math.prompts import arms, build_prompt
 from looper_math.records import RecordWriter, write_json
 from looper_math.regime_w import PRESETS, find_preset, score_records
@@ -26,21 +27,22 @@ def rollouts(arm_set, questions=20, tokens=(80, 300)):
     rng, records = random.Random(0), []
     for k in range(questions):
         solutions = [trajectory(rng, a, f"Question {k}?", tokens) for a in arms(arm_set)]
-        records.append(dict(question_id=f"{k:016x}", question=f"Question {k}?", gold_answer="7", trajectories=solutions))
+        records.append(dict(question_id=f"{k:016x}", question=f"Question {k}?", gold_answer="7",
+                            trajectories=solutions))
     return records
 
 
 DPO = {"num_train_epochs": 3, "learning_rate": 5e-5, "beta": .1, "loss_type": ["sigmoid"]}
 
 
-def finished(folder, preset, changes={}, losses=(.62, .48, .38), **sizes):
+def finished(folder, preset, changes=None, losses=(.62, .48, .38), **sizes):
     "A run of Abel-7B, its rollouts and pairs made by the project's code, its training and evaluation invented."
     arm_set = find_preset(preset).arm_set
     p = {"02_rollouts": ABEL | {"arm_set": arm_set, "limit": 20, "questions": "openai/gsm8k", "preset": preset},
          "03_preferences": {"policy": "all", "coherence": "best-worst", "threshold": .01, "cap": 4, "preset": preset},
          "04_dpo": ABEL,
          "05_eval": ABEL | {"questions": "madrylab/gsm8k-platinum", "limit": 0, "models": {}}}
-    p = {phase: values | changes.get(phase, {}) for phase, values in p.items()}
+    p = {phase: values | (changes or {}).get(phase, {}) for phase, values in p.items()}
     scored = list(score_records(rollouts(arm_set, **sizes), preset))
     (folder / "02_rollouts").mkdir(parents=True)
     with RecordWriter(folder / "02_rollouts/rollouts.jsonl") as writer: writer.append(scored)
@@ -48,11 +50,13 @@ def finished(folder, preset, changes={}, losses=(.62, .48, .38), **sizes):
     counts = {"02_rollouts": {"questions": len(scored)}, "03_preferences": build_pairs_report(scored, **rules)[1],
               "04_dpo": {"pairs": 100}, "05_eval": {"test": 1209}}
     score = lambda k: {"correct": k, "n": 1209, "cut_off": 3}
-    change = {"gained": 60, "lost": 25, "n": 1209, "p": .001, "p_holm": .002, "difference": 35 / 1209}
+    change = {"gained": 60, "lost": 25, "n": 1209, "p": .001, "p_holm": .002, "difference": 35 / 1209,
+              "sentence": "dpo scores 2.9 points higher than sft."}
     models = {"base": score(972), "sft": score(985), "dpo": score(1020)}
     metrics = {"03_preferences": reward_terms(scored, preset),
-               "04_dpo": {"trainer": DPO | changes.get("04_dpo", {}).get("trainer", {})},
-               "05_eval": {"models": models, "paired": {"dpo_vs_sft": change}}}
+               "04_dpo": {"trainer": DPO | (changes or {}).get("04_dpo", {}).get("trainer", {})},
+               "05_eval": (test := {"models": models, "paired": {"dpo_vs_sft": change}}) |
+                          {"sets": {"test": test}, "sampled": {}, "warnings": ["sft < base"]}}
     for phase, values in p.items():
         write_json(folder / phase / "manifest.json", COMMON | {"parameters": values, "counts": counts[phase]} |
                    ({"metrics": metrics[phase]} if phase in metrics else {}))
@@ -67,9 +71,9 @@ def finished(folder, preset, changes={}, losses=(.62, .48, .38), **sizes):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_verdict_has_number_expectation_and_source_and_every_fail_a_reason(tmp_path, preset):
     judged = finished(tmp_path / "run", preset)
-    assert list(judged) == ["verdict", "found", "expected", "source", "reason"]
+    assert list(judged) == ["verdict", "measured", "expected", "source", "reason"]
     assert set(judged.verdict) <= {"pass", "fail", "not measurable", "not applicable"}
-    assert judged.found.all() and judged.expected.all()
+    assert judged.measured.all() and judged.expected.all()
     assert set(judged.source) <= {"readme", "deployment guide", "pipeline guide", "core guide", "8B readme", "ours"}
     assert judged.reason[judged.verdict.isin(["fail", "not applicable"])].all()
     assert not judged.reason[judged.verdict == "pass"].any()
@@ -115,7 +119,7 @@ def test_accuracies_and_times_are_judged_on_the_documents_model_test_and_host_on
     judged = finished(tmp_path / "abel", "guide-8")
     verdicts = judged.verdict[["accuracy of base", "accuracy of dpo", "minutes of 04_dpo"]]
     assert verdicts.tolist() == ["fail", "pass", "pass"]
-    assert judged.found["accuracy of base"] == "80.4 % (78.1 to 82.5)"
+    assert judged.measured["accuracy of base"] == "80.4 % (78.1 to 82.5)"
     for model, gap in (("base", .04), ("sft", .53)):
         reason = f"{gap} points below, which chance alone may explain; 3 answers were cut off"
         assert judged.reason[f"accuracy of {model}"] == reason
@@ -152,7 +156,7 @@ def test_answers_behind_other_markers_are_counted_apart(tmp_path):
     path.write_text(path.read_text().replace("\\nAnswer: 7", "\\n#### 7", 3))
     row = criteria.criteria(tmp_path / "run").set_index("criterion").loc["answers in the form 'Answer: <number>'"]
     assert judged.verdict["answers in the form 'Answer: <number>'"] == "pass"
-    assert (row.verdict, row.found, row.reason) == ("fail", "157 of 160", "3 announced by #### or a box")
+    assert (row.verdict, row.measured, row.reason) == ("fail", "157 of 160", "3 announced by #### or a box")
 
 
 def test_pairs_under_another_preset_than_the_rollouts_follow_the_document_of_each(tmp_path):
@@ -160,3 +164,28 @@ def test_pairs_under_another_preset_than_the_rollouts_follow_the_document_of_eac
     assert judged.source["questions and trajectories"] == "deployment guide"
     assert judged.source["coherence pairs"] == "core guide"
     assert "gets 1" not in judged.reason["reward from 0.5 to 1.2"]   # the weights are those of the other rewards
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    "The report of a run outside the project's outputs, whose folder papermill could take for a format string."
+    folder = tmp_path_factory.mktemp("root") / "outputs" / "a {b} run"
+    finished(folder, "platinum-11")
+    assert report.write_report(folder) == folder / "report.html"
+    assert (folder / "report.ipynb").exists() and not list(folder.glob("*.tmp"))
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_report_tells_what_was_run_and_what_came_out(page):
+    assert "<title>Report of a {b} run</title>" in page
+    first = "a {b} run: recipe x, 3 models (base, sft, dpo) of GAIR/Abel-7B-002, 1,209 test questions."
+    assert page.index("Warning: sft &lt; base") < page.index(first) < page.index("test: dpo scores 2.9 points higher")
+    for text in ("985 / 1209", "✗ fail", "the expectations exclude each other", "deployment guide", "28 min 20 s",
+                 'href="04_dpo.html"', '"beta": 0.1', 'alt="Figure: Accuracy"'):
+        assert text in page, text
+
+
+def test_the_report_shows_no_code_and_loads_nothing_from_the_network(page):
+    assert "report.summarise" not in page and "Traceback" not in page
+    assert not re.findall(r"""(?:src|href)=["']?(?:https?:)?//|@import|url\(["']?http""", page)
+    assert "<script src" not in page

@@ -26,7 +26,7 @@ from pathlib import Path
 from looper_math import records
 records.ROOT = Path(ROOT_HERE)
 """
-# name → parameters, the settings' fields, body. The 2nd and 3rd stand in for the real phases whose numbers the summary holds.
+# name → parameters, the settings' fields, body. The summary reads the numbers of the 2nd and 3rd.
 PHASES = {
     "01_numbers": (
         'run = "tiny"  # str: run folder\ncount = 4  # int: how many\nscale = 1.0  # float: factor\n'
@@ -37,7 +37,8 @@ PHASES = {
         'phase.finish([phase.folder/"numbers.json"])',
     ),
     "03_preferences": (
-        'run = "tiny"  # str: run folder\nseed = 7  # int: random seed\nwait = 0.0  # float: seconds to work\nbreak_at = ""  # str: work, plot or kernel',
+        'run = "tiny"  # str: run folder\nseed = 7  # int: random seed\nwait = 0.0  # float: seconds to work\n'
+        'break_at = ""  # str: work, plot or kernel',
         "run=str, seed=int, wait=float, break_at=str",
         """
 for step in range(3):
@@ -55,7 +56,8 @@ assert not (Path("broken").exists() and break_at == "plot"), "the plot broke"
         """
 assert len(list(records.iter_records(inputs["pairs"]))) == 3, "pairs are missing or twice there"
 models = {m: {"correct": c, "n": 100} for m, c in (("base", 40), ("sft", 50), ("dpo", 65))}
-change = lambda gained, lost, p: {"gained": gained, "lost": lost, "p": p, "p_holm": p, "difference": (gained - lost)/100, "interval": [0, 1], "sentence": f"{gained} gained."}
+change = lambda gained, lost, p: {"gained": gained, "lost": lost, "p": p, "p_holm": p, "interval": [0, 1],
+                                  "difference": (gained - lost)/100, "sentence": f"{gained} gained."}
 test = {"models": models, "paired": {"sft_vs_base": change(15, 5, 0.041), "dpo_vs_sft": change(20, 5, 0.0041)}}
 phase.finish([], metrics=test | {"sets": {"test": test}, "sampled": {}, "warnings": []})
 """,
@@ -90,12 +92,13 @@ def write_phase(root, name, parameters, fields, inputs, body):
     "The notebook of one phase."
     make = f"""
 Settings = make_dataclass("Settings", dict({fields}).items())
-given = records.settings(Settings, globals())
+settings = records.settings(Settings, globals())
 inputs = {inputs}
-phase = records.Phase({name!r}, given, inputs)
+phase = records.Phase({name!r}, settings, inputs)
 shutil.rmtree(phase.folder, ignore_errors=True)
 phase.begin()"""
-    write_notebook(root / f"nbs/{name}.ipynb", ["import shutil", parameters, HEAD.replace("ROOT_HERE", repr(str(root))), make, body])
+    head = HEAD.replace("ROOT_HERE", repr(str(root)))
+    write_notebook(root / f"nbs/{name}.ipynb", ["import shutil", parameters, head, make, body])
 
 
 def files(root):
@@ -140,10 +143,14 @@ def test_a_run_leaves_notebooks_pages_and_a_summary(done, capsys):
 
 
 REFUSED = {
-    "misspelt": (["run", "tiny", "-p", "01_numbers.cuont=3"], "-p 01_numbers.cuont=3: unknown parameter 'cuont'; did you mean 'count'?"),
+    "misspelt": (["run", "tiny", "-p", "01_numbers.cuont=3"],
+                 "-p 01_numbers.cuont=3: unknown parameter 'cuont'; did you mean 'count'?"),
     "misspelt without a phase": (["run", "tiny", "-p", "scael=3"], "unknown parameter 'scael'; did you mean 'scale'?"),
-    "misspelt phase": (["run", "tiny", "-p", "03_preferecnes.seed=3"], "no phase '03_preferecnes'; did you mean '03_preferences'?"),
-    "several phases": (["run", "tiny", "-p", "seed=3"], "03_preferences, 05_eval all have 'seed'; write 03_preferences.seed=… for one of them or common.seed=… for all"),
+    "misspelt phase": (["run", "tiny", "-p", "03_preferecnes.seed=3"],
+                       "no phase '03_preferecnes'; did you mean '03_preferences'?"),
+    "several phases": (["run", "tiny", "-p", "seed=3"],
+                       "03_preferences, 05_eval all have 'seed'; write 03_preferences.seed=… for one of them or "
+                       "common.seed=… for all"),
     "no value": (["run", "tiny", "-p", "count"], "expected PHASE.NAME=VALUE"),
     "text for a float": (["run", "tiny", "-p", "scale=big"], "scale must be float, got str 'big'"),
     "float for an int": (["run", "tiny", "-p", "count=2.5"], "count must be int, got float 2.5"),
@@ -154,12 +161,16 @@ REFUSED = {
     "the run as a parameter": (["run", "tiny", "-p", "common.run=x"], "given by --run"),
     "a recipe that is not there": (["run", "tinny"], "there is no recipe 'tinny'; did you mean 'tiny'?"),
     "a name that is a path": (["run", "tiny", "--run", "../elsewhere"], "run must be a name of letters"),
-    "an earlier phase missing": (["run", "tiny", "--run", "new", "--from", "05"], "05_eval needs 01_numbers, which is not done in"),
+    "an earlier phase missing": (["run", "tiny", "--run", "new", "--from", "05"],
+                                 "05_eval needs 01_numbers, which is not done in"),
     "an unknown phase": (["run", "tiny", "--from", "07"], "--from: no phase '07'"),
     "phases back to front": (["run", "tiny", "--from", "05", "--to", "01"], "comes after"),
-    "the folder of another recipe": (["run", "other", "--run", "tiny"], "holds a run of recipe 'tiny', not 'other': give another --run NAME, or delete that folder"),
+    "the folder of another recipe": (["run", "other", "--run", "tiny"],
+                                     "holds a run of recipe 'tiny', not 'other': give another --run NAME, or "
+                                     "delete that folder"),
     "other parameters": (["run", "tiny", "-p", "05.seed=8"], "was made with other parameters (seed was 7, now 8)"),
-    "other parameters outside --to": (["run", "tiny", "--to", "01", "-p", "05.seed=8"], "was made with other parameters"),
+    "other parameters outside --to": (["run", "tiny", "--to", "01", "-p", "05.seed=8"],
+                                      "was made with other parameters"),
     "a recipe that is a path": (["run", "../x"], "there is no recipe '../x'"),
     "a name that is too long": (["run", "tiny", "--run", "r" * 256], "run must be a name of at most 255 bytes"),
     "a longer one in bytes": (["run", "tiny", "--run", "é" * 128], "run must be a name of at most 255 bytes, got 256"),
@@ -174,14 +185,21 @@ REFUSED = {
     "infinite": (["run", "tiny", "-p", "scale=-inf"], "scale must be a finite number, got -inf"),
     "infinite in a list": (["run", "tiny", "-p", "sizes=[1, .inf]"], ".inf is no finite number"),
     "too large for a float": (["run", "tiny", "-p", "scale=1e400"], "scale must be a finite number, got inf"),
-    "an entry of a list": (["run", "tiny", "-p", "01.sizes.first=1"], "01_numbers.sizes must be a dict to have an entry 'first', got list [1, 2]"),
-    "an entry of a number": (["run", "tiny", "-p", "common.seed.x=1"], "03_preferences.seed must be a dict to have an entry 'x', got int 7"),
-    "an entry of a text in a dict": (["run", "tiny", "-p", "trainer.schedule.name.x=1"], "trainer.schedule.name must be a dict to have"),
-    "an entry of an unknown parameter": (["run", "tiny", "-p", "01.trianer.rate=1"], "unknown parameter 'trianer'; did you mean 'trainer'?"),
+    "an entry of a list": (["run", "tiny", "-p", "01.sizes.first=1"],
+                           "01_numbers.sizes must be a dict to have an entry 'first', got list [1, 2]"),
+    "an entry of a number": (["run", "tiny", "-p", "common.seed.x=1"],
+                             "03_preferences.seed must be a dict to have an entry 'x', got int 7"),
+    "an entry of a text in a dict": (["run", "tiny", "-p", "trainer.schedule.name.x=1"],
+                                     "trainer.schedule.name must be a dict to have"),
+    "an entry of an unknown parameter": (["run", "tiny", "-p", "01.trianer.rate=1"],
+                                         "unknown parameter 'trianer'; did you mean 'trainer'?"),
+    "an entry without its dict": (["run", "tiny", "-p", "01.rate=1"], "'rate'; did you mean 'trainer.rate'?"),
     "an entry that is no YAML": (["run", "tiny", "-p", "trainer.rate=[1"], "-p trainer.rate=[1: this is no YAML"),
     "an octal entry": (["run", "tiny", "-p", "trainer.rate=010"], "-p trainer.rate=010: 010 is octal in YAML, 8"),
     "an empty key": (["run", "tiny", "-p", "01.trainer.=1"], "expected PHASE.NAME=VALUE"),
-    "a text for a number in a dict": (["run", "tiny", "-p", "trainer={rate: 5e-5}"], "trainer.rate is a text, '5e-5'; in YAML a number with an exponent needs a point: 5.0e-5"),
+    "a text for a number in a dict": (["run", "tiny", "-p", "trainer={rate: 5e-5}"],
+                                      "trainer.rate is a text, '5e-5'; in YAML a number with an exponent needs a "
+                                      "point: 5.0e-5"),
     "no YAML": (["run", "tiny", "-p", "sizes=[1"], "-p sizes=[1: this is no YAML"),
 }
 
@@ -202,10 +220,11 @@ def test_refused_before_anything_is_written(done, case, capsys):
         ("common", "cuont: 3", "nbs/recipes/tiny/common.yaml: unknown parameter 'cuont'; did you mean 'count'?"),
         ("03_preferences", "seed: 3.5", "nbs/recipes/tiny/03_preferences.yaml: seed must be int, got float 3.5"),
         ("03_preferences", "count: 3", "unknown parameter 'count'"),
-        ("01_numbers", "scale: 5e-5", "scale must be float, got str '5e-5'; in YAML a number with an exponent needs a point: 5.0e-5"),
+        ("01_numbers", "scale: 5e-5", "scale must be float, got str '5e-5'; in YAML a number with an exponent needs a"),
         ("01_nubmers", "count: 3", "no phase '01_nubmers'; did you mean '01_numbers'?"),
         ("common", "count: [3", "this is no YAML"),
-        ("common", "trainer.rate: 3", "nbs/recipes/tiny/common.yaml: 'trainer.rate' is a dotted key, which only -p knows; write `trainer: {rate: …}`"),
+        ("common", "trainer.rate: 3", "tiny/common.yaml: 'trainer.rate' is a dotted key, which only -p knows"),
+        ("common", "trainer.rate: 3", "write `trainer: {rate: …}`"),
         ("01_numbers", "trainer: {rate: 5e-5}", "01_numbers.yaml: trainer.rate is a text, '5e-5'; in YAML"),
         ("common", "- count", "expected lines of the form"),
         ("phases", "[01_numbers, 04_dpo]", "no phase '04_dpo'"),
@@ -259,7 +278,7 @@ def test_what_yaml_may_say(fresh):
 
 
 def test_files_beside_a_recipe(fresh):
-    "A file that would be passed over is refused; notes, folders, hidden files and links to files are in order."
+    "A file that would be ignored is refused; notes, folders, hidden files and links to files are in order."
     recipe = fresh / "nbs/recipes/tiny"
     (recipe / "README.md").write_text("why")
     (recipe / "older").mkdir()
@@ -288,28 +307,36 @@ def test_files_beside_a_recipe(fresh):
 
 
 def test_where_values_come_from(fresh):
-    "Later wishes win: common.yaml, the phase's file, then the flags; a common value reaches each phase that knows it."
+    "Later values win: common.yaml, the phase's file, then the flags; a common value is for each phase that has it."
     recipe = fresh / "nbs/recipes/tiny"
     (recipe / "common.yaml").write_text("seed: 1\ncount: 2\n")
     (recipe / "05_eval.yaml").write_text("seed: 2\nlimit: 10\n")
     phases = runs.phases_of(fresh, "tiny")
-    flags = [runs.read_flag(f, phases) for f in ("common.seed=3", "eval.seed=4", "1.note=007", "scale=5e-5", "sizes=[3, 4]", "01.twice=true")]
+    texts = "common.seed=3", "eval.seed=4", "1.note=007", "scale=5e-5", "sizes=[3, 4]", "01.twice=true"
+    flags = [runs.read_flag(text, phases) for text in texts]
     got = runs.assign(runs.read_recipe(fresh, "tiny", phases), phases)
-    assert (got["01_numbers"]["count"], got["03_preferences"]["seed"], got["05_eval"]["seed"], got["05_eval"]["limit"]) == (2, 1, 2, 10)
+    assert (got["01_numbers"]["count"], got["03_preferences"]["seed"]) == (2, 1)
+    assert (got["05_eval"]["seed"], got["05_eval"]["limit"]) == (2, 10)
     got = runs.assign(runs.read_recipe(fresh, "tiny", phases) + flags, phases)
     assert (got["03_preferences"]["seed"], got["05_eval"]["seed"]) == (3, 4)
-    trainer = {"rate": 0.1, "schedule": {"name": "cosine"}}
-    assert got["01_numbers"] == {"count": 2, "scale": 5e-5, "note": "007", "twice": True, "sizes": [3, 4], "trainer": trainer}
+    default = phases["01_numbers"]["trainer"].default
+    assert got["01_numbers"] == {"count": 2, "scale": 5e-5, "note": "007", "twice": True, "sizes": [3, 4],
+                                 "trainer": default}
 
 
 def test_entries_of_a_dict_parameter(fresh):
     "A dotted key changes one entry of what the recipe gives; values are YAML, and 5e-5 is a number as for a float."
     phases = runs.phases_of(fresh, "tiny")
-    assigned = lambda *flags: runs.assign(runs.read_recipe(fresh, "tiny", phases) + [runs.read_flag(f, phases) for f in flags], phases)["01_numbers"]["trainer"]
+
+    def assigned(*texts):
+        flags = [runs.read_flag(text, phases) for text in texts]
+        return runs.assign(runs.read_recipe(fresh, "tiny", phases) + flags, phases)["01_numbers"]["trainer"]
+
     default = {"rate": 0.1, "schedule": {"name": "cosine"}}
     assert assigned() == default and assigned("trainer.rate=5e-5") == default | {"rate": 5e-5}
     got = assigned("01.trainer.schedule.cycles=2", "common.trainer.flags=[yes, a]", "numbers.trainer.new.deep='x y'")
-    assert got == {"rate": 0.1, "schedule": {"name": "cosine", "cycles": 2}, "flags": [True, "a"], "new": {"deep": "x y"}}
+    schedule = {"name": "cosine", "cycles": 2}
+    assert got == {"rate": 0.1, "schedule": schedule, "flags": [True, "a"], "new": {"deep": "x y"}}
     (fresh / "nbs/recipes/tiny/01_numbers.yaml").write_text("trainer: {steps: 3, by.dot: 4}\n")
     assert assigned("trainer.rate=1") == {"steps": 3, "by.dot": 4, "rate": 1}
     assert assigned("trainer.rate=1", "trainer={}") == {} and assigned() == {"steps": 3, "by.dot": 4}
@@ -329,7 +356,8 @@ def test_a_recipe_runs_its_phases_in_its_own_order(fresh, capsys):
     assert list(runs.phases_of(fresh, "tiny")) == list(PHASES)
     (fresh / "nbs/recipes/tiny/phases.yaml").write_text("[06_online, 01_numbers]\n")
     looper(["run", "tiny", "--to", "06"], fresh)
-    assert (fresh / "outputs/tiny/06_online/manifest.json").exists() and not (fresh / "outputs/tiny/01_numbers").exists()
+    assert (fresh / "outputs/tiny/06_online/manifest.json").exists()
+    assert not (fresh / "outputs/tiny/01_numbers").exists()
     looper(["run", "tiny", "--from", "01"], fresh)
     out = capsys.readouterr().out
     assert out.index("[1/2] 06_online") < out.index("[2/2] 01_numbers")
@@ -359,7 +387,8 @@ def test_a_failed_phase_shows_its_error_and_is_resumed(fresh, capsys):
     with pytest.raises(SystemExit) as stop:
         looper(command, fresh)
     err = capsys.readouterr().err
-    assert stop.value.code == 1 and "AssertionError: the work broke" in err and "outputs/tiny/03_preferences.ipynb" in err
+    assert stop.value.code == 1 and "AssertionError: the work broke" in err
+    assert "outputs/tiny/03_preferences.ipynb" in err
     assert "the work broke" in (fresh / "outputs/tiny/03_preferences.html").read_text()
     left = nbformat.read(fresh / "outputs/tiny/03_preferences.ipynb", 4)
     assert any(o.output_type == "error" for c in left.cells if c.cell_type == "code" for o in c.outputs)
@@ -369,7 +398,8 @@ def test_a_failed_phase_shows_its_error_and_is_resumed(fresh, capsys):
     (fresh / "broken").unlink()
     looper(command, fresh)
     assert capsys.readouterr().out.count("done before") == 1
-    assert (fresh / "outputs/tiny/01_numbers/manifest.json").stat().st_mtime_ns == first and summary(fresh)["models"]["sft"]["correct"] == 50
+    assert (fresh / "outputs/tiny/01_numbers/manifest.json").stat().st_mtime_ns == first
+    assert summary(fresh)["models"]["sft"]["correct"] == 50
 
 
 def test_a_phase_whose_plot_fails_is_not_done(fresh):
@@ -477,7 +507,7 @@ launch.launch("tiny_phase", tiny_phase.Settings(str(phase.folder), wait=60.), n_
     assert not processes_with(token)
 
 
-def test_what_is_kept_of_an_evaluation(tmp_path):
+def test_saved_answers_of_an_evaluation(tmp_path):
     "Whole lines of final, gathered and unfinished files; a line that was cut off does not count."
     folder = tmp_path / "05_eval"
     folder.mkdir()
@@ -586,13 +616,13 @@ def test_a_changed_output_of_a_finished_phase(done, tmp_path, capsys):
 
 def test_outputs_of_a_finished_phase_are_verified(done, monkeypatch, capsys):
     "Those of the phases of this call, and those of the earlier ones that they read."
-    looked_at = []
-    monkeypatch.setattr(runs, "verify_outputs", lambda folder: looked_at.append(folder.name))
+    verified = []
+    monkeypatch.setattr(runs, "verify_outputs", lambda folder: verified.append(folder.name))
     run_recipe("tiny", root=done)
-    assert looked_at == list(PHASES)
-    looked_at.clear()
+    assert verified == list(PHASES)
+    verified.clear()
     run_recipe("tiny", first="05", root=done)
-    assert looked_at == list(PHASES)
+    assert verified == list(PHASES)
 
     def changed(folder):
         if folder.name == "03_preferences":
@@ -607,7 +637,7 @@ def test_outputs_of_a_finished_phase_are_verified(done, monkeypatch, capsys):
 
 
 def test_changed_input_of_a_finished_phase(done, tmp_path):
-    "A phase that is done is refused, not skipped, when what it was made from has changed."
+    "A phase that is done is refused, not skipped, when one of its inputs has changed."
     root = tmp_path.resolve() / "copy"
     shutil.copytree(done, root)
     path = root / "outputs/tiny/03_preferences/manifest.json"
@@ -622,19 +652,24 @@ def test_changed_input_of_a_finished_phase(done, tmp_path):
     assert files(root) == before
 
 
+def execute(root, folder, parameters):
+    "The first phase by papermill alone."
+    papermill.execute_notebook(root / "nbs/01_numbers.ipynb", folder / "out.ipynb", parameters, progress_bar=False)
+
+
 def test_plain_papermill_refuses_a_misspelt_parameter(done, tmp_path):
     "papermill itself only warns; the notebook's own settings refuse, before the phase writes anything."
     before = files(done)
     with pytest.raises(papermill.PapermillExecutionError, match="unknown parameter 'cuont'; did you mean 'count'"):
-        papermill.execute_notebook(done / "nbs/01_numbers.ipynb", tmp_path / "out.ipynb", {"cuont": 3}, progress_bar=False)
+        execute(done, tmp_path, {"cuont": 3})
     with pytest.raises(papermill.PapermillExecutionError, match="count must be int, got '3'"):
-        papermill.execute_notebook(done / "nbs/01_numbers.ipynb", tmp_path / "out.ipynb", {"count": "3"}, progress_bar=False)
+        execute(done, tmp_path, {"count": "3"})
     assert files(done) == before
 
 
 def test_plain_papermill_runs_one_phase(fresh, tmp_path):
     "And the runner takes over from there: the notebook runs once more and ends at once."
-    papermill.execute_notebook(fresh / "nbs/01_numbers.ipynb", tmp_path / "out.ipynb", {"run": "mine"}, progress_bar=False)
+    execute(fresh, tmp_path, {"run": "mine"})
     run_recipe("tiny", "mine", first="03", root=fresh)
     assert (fresh / "outputs/mine/05_eval/manifest.json").exists()
 
@@ -665,7 +700,8 @@ def test_launch_fails_with_the_tail(tiny_phase, tmp_path):
 def test_too_few_processes_are_noticed(tiny_phase, tmp_path):
     "An accelerate configuration that says two and starts one."
     config = tmp_path / "accelerate.yaml"
-    config.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nnum_machines: 1\nnum_processes: 2\nuse_cpu: true\n")
+    config.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nnum_machines: 1\n"
+                      "num_processes: 2\nuse_cpu: true\n")
     with pytest.raises(RuntimeError, match="2 processes were expected and 1 started"):
         launch.launch("tiny_phase", tiny_phase.Settings(str(tmp_path)), accelerate_config=str(config))
 

@@ -1,4 +1,4 @@
-"What a phase made is what the next one reads: outputs against their manifests, adapters and checkpoints whole."
+"A phase reads what the earlier one has written: outputs against their manifests, adapters and checkpoints whole."
 import dataclasses
 import json
 import os
@@ -110,7 +110,7 @@ def test_an_unfinished_phase_is_not_read(copied):
 
 def test_torn_files_of_a_phase_are_named(copied):
     "A manifest and a start note that are cut off, or hold something else."
-    for name, text, said in (("manifest.json", '{"outputs": {', "not whole JSON"),
+    for name, text, message in (("manifest.json", '{"outputs": {', "not whole JSON"),
                              ("manifest.json", "{}", "'outputs' is missing"),
                              ("started.json", "", "not whole JSON"),
                              ("started.json", "[1]", "expected a JSON object")):
@@ -118,7 +118,7 @@ def test_torn_files_of_a_phase_are_named(copied):
         whole = path.read_bytes()
         path.write_text(text)
         with pytest.raises(RecordError) as refused: OPEN["02_rollouts"](copied.name)
-        assert said in str(refused.value) and f"{path}" in str(refused.value)
+        assert message in str(refused.value) and f"{path}" in str(refused.value)
         assert f"or delete {path.parent} to have it made again" in str(refused.value)
         path.write_bytes(whole)
 
@@ -167,7 +167,7 @@ def test_no_phase_takes_a_wrong_adapter_for_the_base(random_adapter, tmp_path, h
     if how == "renamed": edit(adapter, lambda k: k.replace("layers", "blocks"))
     elif how == "half": edit(adapter, lambda k: k if "layers.0" in k or "layers.1" in k else None)
     else: write_json(adapter / "adapter_config.json", read_json(adapter / "adapter_config.json") | {"lora_alpha": 0})
-    said = "lora_alpha is 0, so the adapter changes nothing" if how == "alpha" else "weights are missing"
+    message = "lora_alpha is 0, so the adapter changes nothing" if how == "alpha" else "weights are missing"
     folder = fresh("wrong-adapter")
     sampled = rollouts.RolloutSettings(**small("02_rollouts", run=folder.name, adapter=str(adapter)))
     s = evaluation.EvalSettings(**small("05_eval", run=folder.name, comparisons=[], models={"sft": str(adapter)}))
@@ -176,7 +176,7 @@ def test_no_phase_takes_a_wrong_adapter_for_the_base(random_adapter, tmp_path, h
             lambda: models.merge("data/pocket-base", adapter, tmp_path / "merged"),
             lambda: models.load_adapter(models.load_base("data/pocket-base"), adapter, trainable=True)]
     for use in uses:
-        with pytest.raises(ValueError, match=said) as refused: use()
+        with pytest.raises(ValueError, match=message) as refused: use()
         assert str(adapter) in str(refused.value)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter"]
     shutil.rmtree(folder)
@@ -232,15 +232,15 @@ def test_a_truncated_checkpoint_is_passed_over(two_epochs, capsys, file):
     last = training.checkpoints(s.trained)[-1]
     os.truncate(last / file, (last / file).stat().st_size // 2)
     dpo.main(s)
-    said = f"{last} is damaged, and training goes on from before it: {file}: cut off or changed"
-    assert said in capsys.readouterr().out
+    message = f"{last} is damaged, and training goes on from before it: {file}: cut off or changed"
+    assert message in capsys.readouterr().out
     a, b = (load_file(f.trained / "adapter_model.safetensors") for f in (two_epochs, s))
     assert a.keys() == b.keys() and max((a[k] - b[k]).abs().max().item() for k in a) < 1e-6
     assert len(training.checkpoints(s.trained)) == 2
     shutil.rmtree(run_folder(s.run))
 
 
-def test_the_kept_epoch_is_the_one_that_the_manifest_names(two_epochs):
+def test_the_chosen_epoch_is_the_one_that_the_manifest_names(two_epochs):
     "The first checkpoint is deleted, so the best of what is left is epoch 2, under that name."
     s = broken_off(two_epochs, "deleted", keep="best")
     first, last = training.checkpoints(s.trained)
