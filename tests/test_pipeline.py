@@ -52,13 +52,13 @@ def test_dpo_alone_and_after_a_kill(small_run):
     names = {"adapter": "01_sft/adapter", "pairs": "03_preferences/pairs.jsonl",
              "rollouts": "02_rollouts/rollouts.jsonl"}
     inputs = {parameter: str(small_run / name) for parameter, name in names.items()}
-    checkpoints = other / "04_dpo" / "adapter"
+    adapter = other / "04_dpo" / "adapter"
     process = start("dpo", "DPOSettings", "main", small("04_dpo", run=other.name, **inputs))
-    kill_when(process, lambda: any(checkpoints.glob("checkpoint-*/trainer_state.json")))
+    kill_when(process, lambda: any(adapter.glob("checkpoint-*/trainer_state.json")))
     assert not (other / "04_dpo" / "manifest.json").exists()
     again = papermill("04_dpo", other / "04_dpo.ipynb", run=other.name, **inputs)
     assert again.returncode == 0, again.stderr[-3000:]
-    resumed = load_file(trained / "adapter_model.safetensors")
+    resumed = load_file(adapter / "adapter_model.safetensors")
     assert unbroken.keys() == resumed.keys()
     assert max((unbroken[k] - resumed[k]).abs().max().item() for k in unbroken) < 1e-5
     shutil.rmtree(other)
