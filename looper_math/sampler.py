@@ -46,7 +46,7 @@ def sampling(policy, # a peft model
     if merge: model = copy.deepcopy(policy).merge_and_unload().eval()
     else: model = policy.eval().get_base_model()
     attention = model.config._attn_implementation
-    if model.device.type == "cpu" and attention == "sdpa": model.set_attn_implementation("grouped")
+    if model.device.type == "cpu" and attention == "sdpa": decoding.use_grouped_attention(model)
     try: yield model
     finally:
         if not merge:

@@ -365,7 +365,7 @@ THROUGH = { # recipe and flag → what the sentence says
     "smoke 05_eval.styles=[trainin]": "05_eval: styles may hold training, native, five-shot, got 'trainin'",
     "smoke 05_eval.engine=vllm": "05_eval: engine vllm is not installed",
     "smoke 04_dpo.accelerate_config=nbs/none.yaml": "04_dpo.accelerate_config: there is no nbs/none.yaml",
-    "smoke 05_eval.top_p=inf": "-p 05_eval.top_p=inf: top_p must be a finite number, got inf",
+    "smoke 03.threshold=inf": "-p 03.threshold=inf: threshold must be a finite number, got inf",
     "smoke 02.arm_set=guide-8": "04_dpo.control_arms: 'wolfram_standard' is no arm of 02_rollouts.arm_set, guide-8",
     "smoke 04_dpo.control_cap=0": "there is no outputs/pytest-settings/04_dpo/control; 04_dpo.control_cap is 0",
     "pocket-grpo models={dpo: 04_dpo/adapter}": "pytest-settings/04_dpo/adapter; this recipe does not run 04_dpo",
