@@ -357,7 +357,7 @@ def test_the_command_line_does_not_wait_for_torch():
 
 RUN = "pytest-settings"
 THROUGH = { # recipe and flag → what the sentence says
-    "smoke 05_eval.sampling={temperature: 0}": "05_eval: sampling.temperature must be at least 0.01 and at most 10, got 0",
+    "smoke 05_eval.sampling={temperature: 0}": "05_eval: sampling.temperature must be at least 0.01 and at most 10, got",
     "smoke 05_eval.batch_size=0": "05_eval: batch_size must be at least 1 and at most 1,000,000, got 0",
     "smoke 04_dpo.trainer={loss_type: [dop]}": "04_dpo: trainer.loss_type must be [loss] or [loss, sft], where loss",
     "smoke 04_dpo.trainer.beta=-1": "04_dpo: trainer.beta must be above 0 and at most 1,000, got -1",
@@ -366,13 +366,15 @@ THROUGH = { # recipe and flag → what the sentence says
     "smoke 05_eval.engine=vllm": "05_eval: engine vllm is not installed",
     "smoke 04_dpo.accelerate_config=nbs/none.yaml": "04_dpo.accelerate_config: there is no nbs/none.yaml",
     "smoke 03.threshold=inf": "-p 03.threshold=inf: threshold must be a finite number, got inf",
+    "smoke 05_eval.sampling.top_p=.inf": "-p 05_eval.sampling.top_p=.inf: .inf is no finite number",
     "smoke 02.arm_set=guide-8": "04_dpo.control_arms: 'wolfram_standard' is no arm of 02_rollouts.arm_set, guide-8",
     "smoke 04_dpo.control_cap=0": "there is no outputs/pytest-settings/04_dpo/control; 04_dpo.control_cap is 0",
     "pocket-grpo models={dpo: 04_dpo/adapter}": "pytest-settings/04_dpo/adapter; this recipe does not run 04_dpo",
     "pocket-grpo 06.adapter=outputs/none": "06_online_rl.adapter: there is no outputs/none",
     "pocket-base adapter=": "there is no outputs/pytest-settings/01_sft/adapter; this recipe does not run 01_sft",
 }
-IN_A_PROCESS = ("smoke 05_eval.sampling={temperature: 0}", "smoke 05_eval.engine=vllm") # as it runs for its users, in seconds
+# as it runs for its users, in seconds
+IN_A_PROCESS = ("smoke 05_eval.sampling={temperature: 0}", "smoke 05_eval.engine=vllm")
 if importlib.util.find_spec("vllm"):
     del THROUGH["smoke 05_eval.engine=vllm"]
 
