@@ -387,15 +387,15 @@ class Phase:
                  name: str, # the notebook's name, `04_dpo`
                  settings, # the phase's settings dataclass; `run` names the folder
                  inputs: dict | None = None, # name → file or folder that the phase reads
-                 machine: tuple = (), # settings that do not change results, not compared; `d.k` is an entry of dict `d`
-                 own: tuple = ()): # settings and inputs that are recorded, and compared by the phase itself
+                 without_effect: tuple = (), # settings that do not change results; `d.k` is an entry of dict `d`
+                 compared_by_phase: tuple = ()): # settings and inputs that the phase itself compares
         self.name, self.folder, self.start = name, run_folder(settings.run)/name, time.time()
         self.parameters = dataclasses.asdict(settings)
         self.input_paths = {k: os.path.relpath(p, ROOT) for k, p in (inputs or {}).items()}
-        compared = _without(self.parameters, ("run", *machine))
+        compared = _without(self.parameters, ("run", *without_effect))
         hashes = {p: self._hash(p) for p in dict.fromkeys((inputs or {}).values())} # each path once
         self.config = {"parameters": compared, "inputs": {k: hashes[p] for k, p in (inputs or {}).items()}}
-        self._refuse_other_configuration(own)
+        self._refuse_other_configuration(compared_by_phase)
         if (self.folder/"manifest.json").exists(): verify_outputs(self.folder)
 
     def _hash(self, path: Path) -> str:
@@ -403,11 +403,11 @@ class Phase:
         _refuse_unfinished(path, self.folder)
         return verify_output(path) or sha256(path)
 
-    def _refuse_other_configuration(self, own: tuple):
+    def _refuse_other_configuration(self, left_out: tuple):
         started = self.folder/"started.json"
         if not started.exists(): return
         old = read_json(started, {"parameters": dict, "inputs": dict})
-        of = lambda config, part: {k: v for k, v in config[part].items() if k not in own}
+        of = lambda config, part: {k: v for k, v in config[part].items() if k not in left_out}
         changed = [_differences(of(old, part), of(self.config, part)) for part in ("parameters", "inputs")]
         if any(changed):
             changes = "; ".join(filter(None, changed))
