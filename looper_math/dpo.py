@@ -76,7 +76,7 @@ def open_phase(s: DPOSettings) -> Phase:
     "Phase 4 of the run; raises `RunConflict` for a folder that another configuration made."
     inputs = existing(base=s.base, dev=s.dev) | {"adapter": resolve(s.adapter), "pairs": resolve(s.pairs)}
     if s.control: inputs["rollouts"] = resolve(s.rollouts)
-    return Phase("04_dpo", s, inputs, machine=(*ranges.WITHOUT_EFFECT, "adapter", "pairs", "rollouts"))
+    return Phase("04_dpo", s, inputs, without_effect=(*ranges.WITHOUT_EFFECT, "adapter", "pairs", "rollouts"))
 
 def start_policy(s: DPOSettings):
     "The base with the adapter that both trainings start from, trainable."

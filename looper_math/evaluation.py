@@ -143,8 +143,8 @@ def open_phase(s: EvalSettings) -> Phase:
     s = with_recorded_models(s)
     inputs = existing(base=s.base, questions=s.questions, harder=s.harder, train=s.train, practice=s.practice)
     models = {f"model_{name}": s.eval_models.location(name) for name in s.models}
-    phase = Phase("05_eval", s, inputs | existing(**models), machine=("n_gpu", "batch_size"),
-                  own=("models", "comparisons", *models))
+    phase = Phase("05_eval", s, inputs | existing(**models), without_effect=("n_gpu", "batch_size"),
+                  compared_by_phase=("models", "comparisons", *models))
     started = s.folder/"started.json"
     if started.exists(): refuse_changed_models(s.eval_models, phase.config["inputs"], read_json(started))
     return phase

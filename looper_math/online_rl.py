@@ -74,7 +74,7 @@ class OnlineSettings(TrainingSettings):
 def open_phase(s: OnlineSettings) -> Phase:
     "Phase 6 of the run; raises `RunConflict` for a folder that another configuration made."
     inputs = existing(base=s.base, questions=s.questions, dev=s.dev) | {"adapter": resolve(s.adapter)}
-    return Phase("06_online_rl", s, inputs, machine=(*ranges.WITHOUT_EFFECT, "adapter"))
+    return Phase("06_online_rl", s, inputs, without_effect=(*ranges.WITHOUT_EFFECT, "adapter"))
 
 def grpo_config(s: OnlineSettings, batches: int # of samples, in one epoch
                ) -> GRPOConfig:

@@ -46,7 +46,7 @@ class PreferenceSettings(PairRules):
 # %% ../nbs/03_preferences.ipynb #2f59e581
 def open_phase(s: PreferenceSettings) -> Phase:
     "Phase 3 of the run; raises `RunConflict` if its folder was made with another configuration."
-    return Phase("03_preferences", s, existing(rollouts=s.rollouts), machine=("rollouts", "base"))
+    return Phase("03_preferences", s, existing(rollouts=s.rollouts), without_effect=("rollouts", "base"))
 
 def write_pairs(pairs: list[dict], path: Path):
     "Write preference records; the file appears by rename."

@@ -113,7 +113,7 @@ def open_phase(s: RolloutSettings) -> Phase:
     if s.import_from: inputs = existing(import_from=s.import_from)
     else: inputs = existing(base=s.base, questions=s.questions)
     if s.adapter_folder and not s.import_from: inputs["adapter"] = resolve(s.adapter_folder)
-    return Phase("02_rollouts", s, inputs, machine=("n_gpu", "adapter"))
+    return Phase("02_rollouts", s, inputs, without_effect=("n_gpu", "adapter"))
 
 def check_inputs(s: RolloutSettings):
     "Raise an error on questions that cannot be read, and on a base that is missing."

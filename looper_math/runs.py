@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['GROUPS', 'GROWING', 'OUTPUTS', 'PATHS', 'SETTINGS', 'Parameter', 'parameters_of', 'Refused', 'read_yaml', 'recipes',
            'phases_of', 'About', 'about_recipe', 'Override', 'read_recipe', 'find_phase', 'read_flag', 'assign',
-           'short_path', 'is_done', 'check_folder', 'check_inputs', 'check_files', 'choose', 'build_settings',
-           'check_settings', 'check_across', 'PhaseFailed', 'write_html', 'execute', 'run_recipe']
+           'short_path', 'is_done', 'check_folder', 'check_inputs_unchanged', 'check_files', 'choose_phases',
+           'build_settings', 'check_settings', 'check_across', 'PhaseFailed', 'write_html', 'execute', 'run_recipe']
 
 # %% ../nbs/lib/30_runs.ipynb #c4d0a5a3
 import ast
@@ -404,7 +404,7 @@ def check_folder(folder: Path, recipe: str, values: dict[str, dict]):
             raise RunConflict(f"{short_path(folder/phase)} was made with other parameters ({'; '.join(changed)}): "
                               f"repeat those, give another --run NAME, or delete that folder and those of later phases")
 
-def check_inputs(root: Path, folder: Path, phase: str):
+def check_inputs_unchanged(root: Path, folder: Path, phase: str):
     "Raise `RunConflict` if a file that a finished phase has read has changed since."
     manifest = read_json(folder/phase/"manifest.json")
     for name, path in manifest["input_paths"].items():
@@ -441,7 +441,7 @@ def check_files(root: Path, folder: Path, chosen: list[str], values: dict[str, d
                 raise Refused(f"{phase}.{name}: there is no {place}; {reason}")
 
 # %% ../nbs/lib/30_runs.ipynb #6de31551
-def choose(phases, first: str, last: str, folder: Path) -> list[str]: # the phases from `first` to `last`
+def choose_phases(phases, first: str, last: str, folder: Path) -> list[str]: # the phases from `first` to `last`
     "The phases of this call, in the recipe's order; raises `Refused` when an earlier one is still to be done."
     names = list(phases)
     start = names.index(find_phase(first, names, "--from")) if first else 0
@@ -571,7 +571,7 @@ def _run_phase(root: Path, folder: Path, phase: str, changed: dict, state: dict,
     from looper_math.report import clock
     manifest = folder/phase/"manifest.json"
     if manifest.exists(): # before its notebook is executed into the place of the earlier one
-        check_inputs(root, folder, phase)
+        check_inputs_unchanged(root, folder, phase)
         verify_outputs(folder/phase)
     if is_done(folder, phase, state["parameters"][phase]):
         print(f"{label}  done before, in {clock(state['seconds'][phase])}", flush=True)
@@ -608,7 +608,7 @@ def run_recipe(recipe: str, # a folder of `nbs/recipes`
     start, phases = time.time(), phases_of(root, recipe)
     values = assign(read_recipe(root, recipe, phases) + [read_flag(f, phases) for f in flags], phases)
     folder = root/"outputs"/check_run(run or recipe).name
-    chosen = choose(phases, first, last, folder)
+    chosen = choose_phases(phases, first, last, folder)
     for note in _check_all(root, folder, recipe, chosen, values): print(note)
     with _locked(folder):
         state = _state(folder) | {"recipe": recipe, "parameters": values}
