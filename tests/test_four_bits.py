@@ -42,7 +42,7 @@ def test_projections_have_four_bits(twins):
 
 
 def test_gradients_are_those_of_the_same_numbers(twins):
-    "Also after an evaluation, such as DPO's reference: bitsandbytes 0.50 alone then loses 99 % of the gradient on a CPU."
+    "Also after an evaluation, such as DPO's reference: there bitsandbytes 0.50 alone loses 99 % of it on a CPU."
     ids = torch.arange(5, 65, device=models.device()).view(2, 30)
     losses, gradients = [], []
     for model in twins:
@@ -55,14 +55,15 @@ def test_gradients_are_those_of_the_same_numbers(twins):
 
 
 def test_sft_and_dpo_in_four_bits(small_run):
-    "Both phases train an adapter, DPO from SFT's with a reference that is equal to it at the start; the adapter answers on the full base."
+    "Both phases train an adapter. DPO's reference equals SFT's adapter at the start. The adapters answer on the full base."
     folder = run_folder(f"{RUN}-four-bits")
     shutil.rmtree(folder, ignore_errors=True)
     sft.main(sft.SFTSettings(**small("01_sft", run=folder.name, load_in_4bit=True, limit=64)))
-    dpo.main(dpo.DPOSettings(**small("04_dpo", run=folder.name, load_in_4bit=True, control_cap=0, adapter=str(folder / "01_sft" / "adapter"),
-                                     pairs=str(small_run / "03_preferences" / "pairs.jsonl"), rollouts=str(small_run / "02_rollouts" / "rollouts.jsonl"))))
+    inputs = {"adapter": str(folder / "01_sft/adapter"), "pairs": str(small_run / "03_preferences/pairs.jsonl")}
+    dpo.main(dpo.DPOSettings(**small("04_dpo", run=folder.name, load_in_4bit=True, control_cap=0, **inputs)))
     for phase in ("01_sft", "04_dpo"):
         manifest = read_json(folder / phase / "manifest.json")
-        assert manifest["parameters"]["load_in_4bit"] is True and manifest["metrics"]["heldout"]["n"] == SMALL[phase]["dev_limit"]
+        assert manifest["parameters"]["load_in_4bit"] is True
+        assert manifest["metrics"]["heldout"]["n"] == SMALL[phase]["dev_limit"]
         assert training.history(folder / phase / "adapter").grad_norm.gt(0).all()
     shutil.rmtree(folder)

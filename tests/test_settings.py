@@ -133,10 +133,10 @@ BAD = [
     ("2", "import_from", "data/no-such-rollouts.jsonl", "import_from: there is no file"),
     ("2", "adapter", "~nobody-here/adapter", "adapter: '~nobody-here/adapter'"),
     # 03, whose cells are checked by its own settings
-    ("3", "policy", "alll", "policy must be one of all, capped"),
-    ("3", "prompt", "canonic", "prompt must be one of canonical, arm"),
-    ("3", "pairing", "some", "pairing must be one of any, same-prompt"),
-    ("3", "pair_types", "none", "pair_types must be one of both"),
+    ("3", "policy", "alll", "policy 'alll' is unknown; did you mean 'all'"),
+    ("3", "prompt", "canonic", "prompt 'canonic' is unknown; did you mean 'canonical'"),
+    ("3", "pairing", "some", "pairing 'some' is unknown; "),
+    ("3", "pair_types", "none", "pair_types 'none' is unknown; known are both"),
     ("3", "cap", 0, "cap must be at least 1"),
     ("3", "threshold", -0.01, "threshold must be"),
     ("3", "preset", "platinum11", "unknown preset 'platinum11'"),
@@ -357,7 +357,7 @@ def test_the_command_line_does_not_wait_for_torch():
 
 RUN = "pytest-settings"
 THROUGH = { # recipe and flag → what the sentence says
-    "smoke 05_eval.sampling={temperature: 0}": "05_eval: sampling.temperature must be at least 0.01 and at most 10, got",
+    "smoke 05_eval.sampling={temperature: 0}": "sampling.temperature must be at least 0.01 and at most 10, got",
     "smoke 05_eval.batch_size=0": "05_eval: batch_size must be at least 1 and at most 1,000,000, got 0",
     "smoke 04_dpo.trainer={loss_type: [dop]}": "04_dpo: trainer.loss_type must be [loss] or [loss, sft], where loss",
     "smoke 04_dpo.trainer.beta=-1": "04_dpo: trainer.beta must be above 0 and at most 1,000, got -1",
@@ -373,7 +373,7 @@ THROUGH = { # recipe and flag → what the sentence says
     "pocket-grpo 06.adapter=outputs/none": "06_online_rl.adapter: there is no outputs/none",
     "pocket-base adapter=": "there is no outputs/pytest-settings/01_sft/adapter; this recipe does not run 01_sft",
 }
-# as it runs for its users, in seconds
+# In a process of its own, as users run it, which takes seconds.
 IN_A_PROCESS = ("smoke 05_eval.sampling={temperature: 0}", "smoke 05_eval.engine=vllm")
 if importlib.util.find_spec("vllm"):
     del THROUGH["smoke 05_eval.engine=vllm"]
