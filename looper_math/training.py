@@ -86,6 +86,9 @@ class TrainerOptions:
         ranges.check_options("trainer", self.trainer, hints, self.OPTIONS, self.FIXED, self.CONFIG.__name__)
         both = self.trainer.get("bf16") and self.trainer.get("fp16")
         require(not both, "trainer.bf16 and trainer.fp16 exclude each other: leave one out")
+        require("learning_rate" in self.trainer, f"trainer names no learning_rate, and TRL's default of "
+                f"{self.CONFIG.learning_rate:g} is seldom meant: papermill replaces the dict as a whole, so name all "
+                f"options that differ from TRL's")
 
     def option(self, name: str):
         "The value of an option: the parameter's, else the project's, else TRL's default."
