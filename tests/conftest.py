@@ -13,6 +13,8 @@ import pytest
 from looper_math.records import ROOT, run_folder
 from looper_math.runs import parameters_of
 
+# A shell lets background jobs and their children ignore Ctrl-C; the tests of an interrupt need the default.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 RUN = "pytest-" + os.environ.get("PYTEST_XDIST_WORKER", "pipeline")   # workers side by side must not share a run
 SMALL = {
     "01_sft": {"limit": 96, "trainer": {"num_train_epochs": 1}, "dev_limit": 8},

@@ -40,7 +40,7 @@ def finished(folder, preset, changes=None, losses=(.62, .48, .38), **sizes):
     arm_set = find_preset(preset).arm_set
     p = {"02_rollouts": ABEL | {"arm_set": arm_set, "limit": 20, "questions": "openai/gsm8k", "preset": preset},
          "03_preferences": {"policy": "all", "coherence": "best-worst", "threshold": .01, "cap": 4, "preset": preset},
-         "04_dpo": ABEL,
+         "04_dpo": ABEL | {"trainer": DPO},
          "05_eval": ABEL | {"questions": "madrylab/gsm8k-platinum", "limit": 0, "models": {}}}
     p = {phase: values | (changes or {}).get(phase, {}) for phase, values in p.items()}
     scored = list(score_records(rollouts(arm_set, **sizes), preset))

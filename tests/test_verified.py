@@ -232,7 +232,7 @@ def test_a_truncated_checkpoint_is_passed_over(two_epochs, capsys, file):
     last = training.checkpoints(s.trained)[-1]
     os.truncate(last / file, (last / file).stat().st_size // 2)
     dpo.main(s)
-    message = f"{last} is damaged, and training goes on from before it: {file}: cut off or changed"
+    message = f"{last} is damaged, and training resumes from before it: {file}: cut off or changed"
     assert message in capsys.readouterr().out
     a, b = (load_file(f.trained / "adapter_model.safetensors") for f in (two_epochs, s))
     assert a.keys() == b.keys() and max((a[k] - b[k]).abs().max().item() for k in a) < 1e-6
