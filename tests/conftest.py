@@ -26,6 +26,13 @@ SMALL = {
 }
 
 
+def fresh(name: str) -> Path:
+    "The folder of a new run."
+    folder = run_folder(f"{RUN}-{name}")
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
+
+
 def papermill(phase: str, out: Path, **parameters) -> subprocess.CompletedProcess:
     "One phase as its user runs it; parameters beyond the small run's."
     out.parent.mkdir(parents=True, exist_ok=True)

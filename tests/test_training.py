@@ -5,13 +5,13 @@ import json
 import shutil
 
 import pytest
-from conftest import RUN, SMALL, kill_when, papermill, small, start
+from conftest import SMALL, fresh, kill_when, papermill, small, start
 from safetensors.torch import load_file
 
 from looper_math import dpo, sft, training
 from looper_math.data import load_questions
 from looper_math.launch import launch
-from looper_math.records import read_json, read_records, run_folder
+from looper_math.records import read_json, read_records
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -21,13 +21,6 @@ def distance(a, b) -> float:
     x, y = load_file(a / ADAPTER), load_file(b / ADAPTER)
     assert x.keys() == y.keys()
     return max((x[k] - y[k]).abs().max().item() for k in x)
-
-
-def fresh(name: str):
-    "The folder of a run that begins with nothing."
-    folder = run_folder(f"{RUN}-{name}")
-    shutil.rmtree(folder, ignore_errors=True)
-    return folder
 
 
 @pytest.fixture

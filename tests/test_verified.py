@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import RUN, WORKER, papermill, small
+from conftest import WORKER, fresh, papermill, small
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -17,13 +17,6 @@ from looper_math.data import load_questions
 from looper_math.records import ROOT, RecordError, RunConflict, read_json, read_records, run_folder, sha256, write_json
 
 ADAPTER = "01_sft/adapter/adapter_model.safetensors"
-
-
-def fresh(name: str) -> Path:
-    "The folder of a run that begins with nothing."
-    folder = run_folder(f"{RUN}-{name}")
-    shutil.rmtree(folder, ignore_errors=True)
-    return folder
 
 
 @pytest.fixture
