@@ -42,7 +42,7 @@ class Completion:
 # %% ../nbs/lib/13_engines.ipynb #c75fd625
 def tokenize(requests: list[Request], tokenizer,
              context: int # tokens that a prompt and its completion may have together
-            ) -> list[decoding.Job]:
+            ) -> list[decoding.DecodingJob]:
     "The requests as jobs; raises `ValueError` for a prompt that is empty or too long, and a completion of no token."
     jobs = []
     for r, ids in zip(requests, tokenizer([r.prompt for r in requests]).input_ids if requests else []):
@@ -52,7 +52,8 @@ def tokenize(requests: list[Request], tokenizer,
             raise ValueError(f"{where}its prompt has {len(ids)} tokens, and there is room for {context} with the "
                              "completion; shorten the prompt, or take a model with a longer context")
         if r.max_new_tokens < 1: raise ValueError(f"{where}max_new_tokens must be 1 or more, got {r.max_new_tokens}")
-        jobs.append(decoding.Job(ids, r.temperature, r.top_p, r.seed, min(r.max_new_tokens, context - len(ids))))
+        room = min(r.max_new_tokens, context - len(ids))
+        jobs.append(decoding.DecodingJob(ids, r.temperature, r.top_p, r.seed, room))
     return jobs
 
 # %% ../nbs/lib/13_engines.ipynb #906c88eb

@@ -16,7 +16,7 @@ import pandas as pd
 from . import engines, eval_jobs, launch, models as lm, prompts, ranges
 from .compare import Comparison
 from .data import check_disjoint, check_source, load_questions
-from .eval_jobs import STYLES, Job, Prompts
+from .eval_jobs import EVAL_STYLES, Job, Prompts
 from .eval_models import EvalModels, covers, refuse_changed_models, with_earlier
 from .prompts import build_prompt
 from .records import Phase, existing, read_json, require, run_folder, settings
@@ -104,7 +104,7 @@ def question_sets(s: EvalSettings) -> dict[str, list[dict]]:
 
 def questions_of(s: EvalSettings, job: Job, sets: dict[str, list[dict]]) -> list[dict]:
     "The questions of a job; samples are drawn of the first ones."
-    return sets[job.set] if job.style in STYLES else sets[job.set][:s.samples["questions"] or None]
+    return sets[job.set] if job.style in EVAL_STYLES else sets[job.set][:s.samples["questions"] or None]
 
 # %% ../nbs/05_eval.ipynb #f9203f0e
 def unfinished_jobs(s: EvalSettings, model: str, all_prompts: Prompts, sets: dict) -> list[tuple]:

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from . import models
-from .decoding import Job
+from .decoding import DecodingJob
 from .records import read_json, resolve, write_json
 
 # %% ../nbs/lib/14_serving.ipynb #de1d55b8
@@ -126,7 +126,7 @@ def _engine_options(s: dict) -> dict:
     return options
 
 def load_vllm(s: dict # model, adapter, dtype, max_length, ends
-             ) -> Callable[[list[Job]], Iterator[list]]:
+             ) -> Callable[[list[DecodingJob]], Iterator[list]]:
     "Load the model; returns a function from jobs to lists of (index, tokens), one for each step in which some finish."
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
@@ -152,7 +152,7 @@ def served(model: str,          # folder of the base
            dtype: str,          # see `models.pick_dtype`
            max_length: int,     # tokens of the longest prompt and its completion together
            ends: list[int]      # tokens that end a completion
-          ) -> Iterator[Callable[[list[Job]], Iterator[list[tuple[int, list[int]]]]]]:
+          ) -> Iterator[Callable[[list[DecodingJob]], Iterator[list[tuple[int, list[int]]]]]]:
     "vLLM in a child process, as a function from jobs to lists of (index, tokens); checks the files before it starts."
     models.check_base(model)
     if adapter: models.check_adapter(model, adapter)

@@ -6,7 +6,7 @@
 __all__ = ['SCHEDULERS', 'REPORTS', 'OURS', 'precision', 'TrainerOptions', 'read_accelerate', 'TrainingSettings',
            'trainer_arguments', 'one_device', 'trainer_config', 'GradientCheck', 'log_line', 'is_first_process',
            'LogLines', 'damage', 'checkpoints', 'last_checkpoint', 'train', 'history', 'heldout_questions',
-           'evaluate_checkpoints', 'finish', 'verdict']
+           'evaluate_checkpoints', 'finish', 'heldout_verdict']
 
 # %% ../nbs/lib/16_training.ipynb #bfac8710
 import gc
@@ -394,7 +394,7 @@ def finish(phase: Phase, s: TrainingSettings,
     training = {"effective_batch": s.effective_batch, "mixed_precision": s.mixed_precision, "trainer": s.options}
     phase.finish([trained, path, *outputs], counts=counts, metrics=training | metrics)
 
-def verdict(result: dict, # as `evaluate_checkpoints` returns it
+def heldout_verdict(result: dict, # as `evaluate_checkpoints` returns it
             before: str, after: str) -> str: # HTML
     "What the held-out questions say of a training, red when it lost more than it gained with p < 0.05."
     if not result: return "No held-out questions (parameter dev), so the effect of the training is not measured here."

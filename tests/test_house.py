@@ -96,7 +96,8 @@ def test_a_missing_input_is_refused_before_the_first_phase():
     assert not (ROOT / "outputs/pytest-missing").exists()
 
 
-DEFINITIONS = (ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign, ast.FunctionDef, ast.ClassDef)
+DEFINITIONS = (ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign, ast.AugAssign, ast.FunctionDef, ast.ClassDef)
+NAMES = (ast.Name, ast.Tuple)
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -104,15 +105,17 @@ def test_import_does_nothing_but_define(module):
     "No call for its effect, no `if __name__`, no assignment into another module or the environment."
     body = ast.parse((ROOT / f"looper_math/{module}.py").read_text(encoding="utf-8")).body
     statements = [n for n in body if not isinstance(n, DEFINITIONS) and not _docstring(n)]
-    targets = [t for n in body if isinstance(n, ast.Assign) for t in n.targets if not isinstance(t, (ast.Name, ast.Tuple))]
-    assert [f"line {n.lineno}" for n in statements + targets] == []
+    targets = [t for n in body if isinstance(n, ast.Assign) for t in n.targets]
+    targets += [n.target for n in body if isinstance(n, ast.AugAssign)]
+    assert [f"line {n.lineno}" for n in statements + [t for t in targets if not isinstance(t, NAMES)]] == []
 
 
 def _docstring(node): return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
 # A public name may stand in several modules for a reason.
-SHARED = {"main": "the program of a phase", "open_phase": "a phase's folder and manifest"}
+SHARED = {"main": "a phase's work in one process", "run_phase": "the whole phase, from the notebook",
+          "open_phase": "a phase's folder and manifest", "check_inputs": "what a phase reads"}
 
 
 def test_a_public_name_is_in_one_module():
