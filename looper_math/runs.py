@@ -165,6 +165,7 @@ def phases_of(root: Path, # the project's root
 
 # %% ../nbs/lib/35_runs.ipynb #0a8859a8
 GROUPS = {"pocket": "The pocket, a model of 0.9 million weights",
+          "small": "Real language models that a laptop trains",
           "twins": "Twins: the settings of the large recipes, on the pocket",
           "large": "Models of 7B and 8B"} # group of recipes → its heading
 

@@ -16,7 +16,7 @@ from trl import SFTConfig
 
 from . import demonstrations, launch, models, ranges, training
 from .data import OWN, check_source, load_questions
-from .records import Phase, existing, read_records, require, resolve, run_folder, write_json
+from .records import Phase, existing, read_records, resolve, run_folder, write_json
 from .training import TrainingSettings
 
 # %% ../nbs/01_sft.ipynb #a551946a
@@ -47,8 +47,8 @@ class SFTSettings(TrainingSettings):
         super().__post_init__()
         ranges.check_options("lora", self.lora, {"r": int, "lora_alpha": int, "lora_dropout": float}, self.LORA)
         if self.targets != "self": check_source("train", self.train)
-        require(self.targets == "human" or self.rollouts,
-                f"targets {self.targets} are taken from rollouts: name a file of rollout records in rollouts")
+        if self.targets != "human":
+            self.rollouts = self.rollouts or f"outputs/{self.run}/02_rollouts/rollouts.jsonl"
 
     @property
     def folder(self) -> Path: return run_folder(self.run)/"01_sft"
