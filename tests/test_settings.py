@@ -112,7 +112,6 @@ BAD = [
     ("1", "train", "openai/gsm8k_main", "did you mean 'openai/gsm8k'"),
     ("1", "marks", "drop", "marks must be strip or keep"),
     ("1", "targets", "humans", "targets must be human, self or mixed"),
-    ("1", "targets", "self", "name a file of rollout records"),
     ("1", "own_cap", 0, "own_cap must be at least 1"),
     ("1", "lora.r", 0, "lora.r must be at least 1"),
     ("1", "lora.r", 10**5, "lora.r must be at least 1 and at most 1,024"),
@@ -440,3 +439,11 @@ def test_presets_that_differ_are_announced():
     assert runs.check_across(list(phases), values) == [
         "note: 02_rollouts.preset is leave-one-out and 03_preferences.preset is guide-8, which scores the rollouts anew"
     ]
+
+
+@pytest.mark.parametrize("targets, rollouts", [
+    ("human", ""), ("self", "outputs/settings/02_rollouts/rollouts.jsonl"),
+    ("mixed", "outputs/settings/02_rollouts/rollouts.jsonl")])
+def test_own_solutions_are_taken_from_this_run_unless_a_file_is_named(targets, rollouts):
+    assert built("01_sft", targets=targets).rollouts == rollouts
+    assert built("01_sft", targets="self", rollouts="a.jsonl").rollouts == "a.jsonl"
