@@ -1,5 +1,6 @@
 "`looper data` and `looper merge`: files fetched and verified, and a base with its adapter as one folder."
 import json
+import shutil
 from pathlib import Path
 
 import datasets
@@ -152,6 +153,15 @@ def test_merge_makes_one_folder(random_adapter, tmp_path, capsys):
     written = (out / "model.safetensors").stat().st_mtime_ns
     looper(["merge", "data/pocket-base", random_adapter, str(out)])
     assert (out / "model.safetensors").stat().st_mtime_ns == written
+
+
+def test_a_base_whose_generation_config_lacks_do_sample_is_merged(random_adapter, tmp_path):
+    "Llama 2's options of sampling, which transformers reads and refuses to write."
+    base = Path(shutil.copytree(ROOT / "data/pocket-base", tmp_path / "base"))
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "temperature": .9, "top_p": .6}))
+    looper(["merge", str(base), random_adapter, str(tmp_path / "merged")])
+    written = json.loads((tmp_path / "merged/generation_config.json").read_text())
+    assert (written["temperature"], written["top_p"], written["do_sample"]) == (.9, .6, True)
 
 
 def test_merge_finds_a_model_of_a_run(random_adapter, tmp_path, capsys):
