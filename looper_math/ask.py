@@ -38,6 +38,7 @@ class Model:
     template: str = TEMPLATE       # of its prompts, or the word chat
     preset: str = "leave-one-out"  # of Regime W, that of its run
     max_new_tokens: int = 512      # tokens of the longest solution
+    dtype: str = "auto"            # of its weights, that of its run
 
     def __str__(self):
         parts = self.base + (f" with {self.adapter.removeprefix(f'{ROOT}/')}" if self.adapter else "")
@@ -91,7 +92,8 @@ def _model_of_run(folder: Path, name: str) -> Model:
     require(not missing, f"{run}/{name}: there is no {place} yet; run the phase that makes it")
     preset = next((p["preset"] for p in phases.values() if "preset" in p), Model.preset)
     base, template, longest = (evaluation[key] for key in ("base", "template", "max_new_tokens"))
-    model = Model(f"{run}/{name}", base, None, template, preset, longest)
+    dtype = evaluation.get("dtype", Model.dtype)
+    model = Model(f"{run}/{name}", base, None, template, preset, longest, dtype)
     if not place: return model
     return replace(model, adapter=str(path)) if (path/"adapter_config.json").exists() else replace(model, base=place)
 
@@ -106,7 +108,8 @@ def _model_of_adapter(name: str, folder: Path) -> Model:
     parameters = _read_parameters(manifest)
     sampled = parameters.get("trainer", {}).get("max_completion_length", Model.max_new_tokens) # online RL
     longest = parameters.get("max_new_tokens", sampled)
-    return Model(name, parameters["base"], str(folder), parameters["template"], max_new_tokens=longest)
+    dtype = parameters.get("dtype", Model.dtype)
+    return Model(name, parameters["base"], str(folder), parameters["template"], max_new_tokens=longest, dtype=dtype)
 
 # %% ../nbs/lib/34_ask.ipynb #9e10e69d
 def _model_of_hub(name: str, root: Path) -> Model:
@@ -341,5 +344,6 @@ def ask(model: str | Model,      # a name, see `find_model`; or any other model
     with _loading(model): requests = _requests(question, model, arms)
     _check_length(requests, model.base)
     with ExitStack() as stack:
-        with _loading(model): generate = stack.enter_context(engines.opened(engine, model.base, model.adapter))
+        with _loading(model):
+            generate = stack.enter_context(engines.opened(engine, model.base, model.adapter, model.dtype))
         return solve(generate, model, question, right, arms, model.preset)

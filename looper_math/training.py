@@ -62,9 +62,8 @@ _FIXED = {
     "`looper card --push` uploads a finished run": ("push_to_hub", "hub_")}
 
 def precision() -> str: # no, bf16 or fp16
-    "Arithmetic that suits this machine: bf16 where GPU or CPU have instructions for it, fp16 on another GPU."
-    if torch.cuda.is_available(): return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "no"
+    "Arithmetic that suits this machine: that of `models.pick_dtype`, so bf16 where there are instructions for it."
+    return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}[models.pick_dtype("auto")]
 
 # %% ../nbs/lib/16_training.ipynb #130ead64
 class TrainerOptions:

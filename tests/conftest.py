@@ -97,7 +97,7 @@ def random_adapter(tmp_path_factory):
 
     from looper_math import models
     torch.manual_seed(0)
-    model = get_peft_model(models.load_base("data/pocket-base"), models.lora_config(rank=4, alpha=8))
+    model = get_peft_model(models.load_base("data/pocket-base", "float32"), models.lora_config(rank=4, alpha=8))
     for name, p in model.named_parameters():
         if "lora_B" in name: torch.nn.init.normal_(p, std=.05)
     folder = tmp_path_factory.mktemp("adapter")

@@ -18,7 +18,7 @@ CHAT = ("{{ bos_token }}{% for m in messages %}{{ '<｜User｜>' + m['content'] 
 def reasoner(tmp_path_factory):
     "Folder of the pocket base with four tokens more; both its tokenizer and its chat template write the first token."
     folder = str(tmp_path_factory.mktemp("reasoner"))
-    tokenizer, model = models.load_tokenizer("data/pocket-base"), models.load_base("data/pocket-base")
+    tokenizer, model = models.load_tokenizer("data/pocket-base"), models.load_base("data/pocket-base", "float32")
     marks = "<｜User｜>", "<｜Assistant｜>", "<think>", "</think>"
     tokenizer.add_tokens([AddedToken(t, normalized=False) for t in marks])
     begin = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])

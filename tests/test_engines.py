@@ -23,7 +23,7 @@ BASE = "data/pocket-base"
 
 
 @pytest.fixture(scope="module")
-def pocket(): return models.load_base(BASE), models.load_tokenizer(BASE)
+def pocket(): return models.load_base(BASE, "float32"), models.load_tokenizer(BASE)
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +118,6 @@ def test_a_pickled_hub_model_is_converted_once(hub, monkeypatch):
     for t in threads: t.start()
     for t in threads: t.join()
     assert len(calls) == 1 and len(set(sources)) == 1
-    loaded = models.load_base("someone/pickled").state_dict()
+    loaded = models.load_base("someone/pickled", "float32").state_dict()
     assert all(torch.equal(loaded[k], w) for k, w in hub.items())
     with pytest.raises(FileNotFoundError): models.source("someone/else")

@@ -20,7 +20,7 @@ BASE = "data/pocket-base"
 @pytest.fixture
 def twins():
     "The base in four bits, and a full base with the same numbers, both with the same adapter."
-    quantized, whole = models.load_base(BASE, load_in_4bit=True), models.load_base(BASE)
+    quantized, whole = (models.load_base(BASE, "float32", load_in_4bit=bits) for bits in (True, False))
     for name, layer in quantized.named_modules():
         if not isinstance(layer, Linear4bit): continue
         weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)

@@ -131,3 +131,10 @@ def test_deepseek_fits_the_readmes_gpu():
     v = values("deepseek-r1-8b")
     assert all(v[p]["load_in_4bit"] and v[p]["n_gpu"] == 1 for p in ("01_sft", "06_online_rl"))
     assert v["06_online_rl"]["algorithm"] == "ppo" and v["06_online_rl"]["arm_set"] == "guide-8"
+
+
+@pytest.mark.parametrize("recipe", [r for r in recipes() if r not in BIG])
+def test_the_pocket_computes_in_float32(recipe):
+    "Under `auto` its results would depend on the machine: a CPU with instructions for bfloat16 would use them."
+    phases = values(recipe).values()
+    assert {p["dtype"] for p in phases if "dtype" in p} == {"float32"}

@@ -74,7 +74,7 @@ def test_a_damaged_output_is_refused_by_name(copied, file, damage, phases):
 
 def test_a_changed_bit_of_an_adapter_is_noticed_without_a_phase(copied):
     "As in `looper ask`, or in a notebook: the manifest beside the adapter is enough."
-    base = models.load_base("data/pocket-base")
+    base = models.load_base("data/pocket-base", "float32")
     models.check_adapter(base, copied / "01_sft/adapter")
     flip(copied / ADAPTER)
     with pytest.raises(RunConflict, match="adapter has changed"): models.load_adapter(base, copied / "01_sft/adapter")

@@ -24,13 +24,13 @@ PHASE = DEFAULTS | {"run": RUN, "engine": "vllm"}
 @pytest.fixture(scope="module")
 def plain():
     "vLLM on the base alone."
-    with engines.opened("vllm", BASE) as generate: yield generate
+    with engines.opened("vllm", BASE, dtype="float32") as generate: yield generate
 
 
 @pytest.fixture(scope="module")
 def adapted(random_adapter):
     "vLLM with the adapter, unmerged."
-    with engines.opened("vllm", BASE, random_adapter) as generate: yield generate
+    with engines.opened("vllm", BASE, random_adapter, "float32") as generate: yield generate
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +55,11 @@ def by_id(completions): return {c.id: c for c in completions}
 
 def test_greedy_text_is_that_of_transformers(plain, requests):
     tokenizer = models.load_tokenizer(BASE)
-    assert plain(requests) == engines.generate_transformers(requests, models.load_base(BASE), tokenizer)
+    assert plain(requests) == engines.generate_transformers(requests, models.load_base(BASE, "float32"), tokenizer)
 
 
 def test_unmerged_adapter_gives_the_text_of_peft(adapted, plain, random_adapter, requests):
-    peft = models.load_adapter(models.load_base(BASE), random_adapter).eval()
+    peft = models.load_adapter(models.load_base(BASE, "float32"), random_adapter).eval()
     expected = engines.generate_transformers(requests, peft, models.load_tokenizer(BASE))
     assert adapted(requests) == expected
     changed = sum(a != b for a, b in zip(expected, plain(requests)))
