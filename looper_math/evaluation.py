@@ -46,13 +46,15 @@ class EvalSettings:
     batch_size: int
     chunk: int
     dtype: str
+    device: str
     n_gpu: int
 
-    ALLOWED = {"base": ranges.BASE, "max_new_tokens": ranges.SIZE, "batch_size": ranges.SIZE, "chunk": ranges.SIZE,
-               "limit": ranges.COUNT, "arm_set": ("", *prompts.ARM_SETS), "n_gpu": ranges.PROCESSES}
+    ALLOWED = dict.fromkeys(("max_new_tokens", "batch_size", "chunk"), ranges.SIZE) | {
+        "base": ranges.BASE, "limit": ranges.COUNT, "arm_set": ("", *prompts.ARM_SETS)} | ranges.MACHINE
 
     def __post_init__(self):
         ranges.check_values(self, self.ALLOWED)
+        launch.check_device(self.device)
         ranges.check_model("base", self.base)
         self.eval_models.check()
         eval_jobs.check_sampling(self.sampling)
@@ -69,13 +71,11 @@ class EvalSettings:
 
     @property
     def folder(self) -> Path: return run_folder(self.run)/"05_eval"
-
     @property
     def eval_models(self) -> EvalModels: return EvalModels(self.run, self.base, self.models, self.comparisons)
 
     @property
     def sets(self) -> dict: return {"test": self.questions} | ({"hard": self.harder} if self.harder else {})
-
     @property
     def samples(self) -> dict: return eval_jobs.sampling_options(self.sampling)
 
@@ -143,7 +143,7 @@ def open_phase(s: EvalSettings) -> Phase:
     s = with_recorded_models(s)
     inputs = existing(base=s.base, questions=s.questions, harder=s.harder, train=s.train, practice=s.practice)
     models = {f"model_{name}": s.eval_models.location(name) for name in s.models}
-    phase = Phase("05_eval", s, inputs | existing(**models), without_effect=("n_gpu", "batch_size"),
+    phase = Phase("05_eval", s, inputs | existing(**models), without_effect=("n_gpu", "device", "batch_size"),
                   compared_by_phase=("models", "comparisons", *models))
     started = s.folder/"started.json"
     if started.exists(): refuse_changed_models(s.eval_models, phase.config["inputs"], read_json(started))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COUNT', 'SIZE', 'SEED', 'LEARNING_RATE', 'EPOCHS', 'SHARE', 'SIZE_OR_SHARE', 'TEMPERATURE', 'TOP_P', 'WEIGHT',
-           'PROCESSES', 'BASE', 'WITHOUT_EFFECT', 'FILES', 'Range', 'Either', 'Filled', 'looks_local', 'named_files',
-           'check_home', 'check_model', 'check_run', 'check_values', 'check_texts', 'check_options']
+           'PROCESSES', 'MACHINE', 'BASE', 'WITHOUT_EFFECT', 'FILES', 'Range', 'Either', 'Filled', 'looks_local',
+           'named_files', 'check_home', 'check_model', 'check_run', 'check_values', 'check_texts', 'check_options']
 
 # %% ../nbs/lib/01_ranges.ipynb #58f7a0dc
 import math
@@ -69,10 +69,11 @@ TEMPERATURE = Range(.01, 10)
 TOP_P = Range(0, 1, above=True)
 WEIGHT = Range(0, 1000)                   # of a term of a loss
 PROCESSES = Range(0, 1024)                # 0 and 1 work in the notebook
+MACHINE = {"n_gpu": PROCESSES, "device": ("auto", "cpu", "cuda")} # of every phase that computes
 BASE = Filled("a folder of the project or a name on the hub")
 
 # Parameters that change the speed of a training and not its result: a resumed run may change them.
-WITHOUT_EFFECT = ("kernels", "trainer.report_to", "trainer.gradient_checkpointing")
+WITHOUT_EFFECT = ("kernels", "device", "trainer.report_to", "trainer.gradient_checkpointing")
 
 # %% ../nbs/lib/01_ranges.ipynb #5c6591f8
 FILES = ("base", "train", "dev", "practice", "questions", "harder", "adapter", "pairs", "rollouts", "import_from",

@@ -59,7 +59,7 @@ def nearest(name: str, known) -> str: # a hint such as `; did you mean 'beta'?`,
     return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(sorted(known))}"
 
 # %% ../nbs/lib/00_records.ipynb #26f19d8d
-SHARED_PARAMETERS = ("run", "base", "template", "dtype", "n_gpu", "preset")  # a recipe may give them to every phase
+SHARED_PARAMETERS = ("run", "base", "template", "dtype", "device", "n_gpu", "preset") # a recipe may give them to all
 
 def _injected(cells: list[str]) -> set[str]:
     "Names that papermill set: it runs them in a cell of their own, which begins with `# Parameters`."

@@ -39,15 +39,16 @@ class RolloutSettings:
     batch_size: int
     chunk: int
     dtype: str
+    device: str
     n_gpu: int
     import_from: str
 
     ALLOWED = {"base": ranges.BASE, "limit": ranges.COUNT, "arm_set": tuple(prompts.ARM_SETS),
-               "max_new_tokens": ranges.SIZE, "batch_size": ranges.SIZE, "chunk": ranges.SIZE,
-               "n_gpu": ranges.PROCESSES}
+               "max_new_tokens": ranges.SIZE, "batch_size": ranges.SIZE, "chunk": ranges.SIZE} | ranges.MACHINE
 
     def __post_init__(self):
         ranges.check_values(self, self.ALLOWED)
+        if not self.import_from: launch.check_device(self.device)
         ranges.check_model("base", self.base)
         build_prompt("", template=self.layout)
         if not self.import_from: check_source("questions", self.questions)
@@ -113,7 +114,7 @@ def open_phase(s: RolloutSettings) -> Phase:
     if s.import_from: inputs = existing(import_from=s.import_from)
     else: inputs = existing(base=s.base, questions=s.questions)
     if s.adapter_folder and not s.import_from: inputs["adapter"] = resolve(s.adapter_folder)
-    return Phase("02_rollouts", s, inputs, without_effect=("n_gpu", "adapter"))
+    return Phase("02_rollouts", s, inputs, without_effect=("n_gpu", "device", "adapter"))
 
 def check_inputs(s: RolloutSettings):
     "Raise an error on questions that cannot be read, and on a base that is missing."

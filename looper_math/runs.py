@@ -587,10 +587,18 @@ def _run_phase(root: Path, folder: Path, phase: str, changed: dict, state: dict,
     print(f"{label}  took {clock(time.time() - start)}: {short_path(folder/phase)}.html", flush=True)
 
 # %% ../nbs/lib/35_runs.ipynb #e442d001
+def _check_devices(devices: dict[str, str | None]): # phase → device
+    "Raise `Refused` for a run on both kinds of device: the process that checks all phases can hide the GPUs or not."
+    kinds = {device: phase for phase, device in devices.items()}
+    if {"cpu", "cuda"} <= kinds.keys():
+        raise Refused(f"{kinds['cpu']}.device is cpu and {kinds['cuda']}.device is cuda; give all phases the same, by "
+                      f"common.device=…, or run them by two calls with --from and --to")
+
 def _check_all(root: Path, folder: Path, recipe: str, chosen: list[str], values: dict[str, dict]) -> list[str]: # notes
     "Check all parameters of the phases that are to run; raises `Refused`, `SettingsError` or `RunConflict`."
     check_folder(folder, recipe, values)
     check_files(root, folder, chosen, values)
+    _check_devices({phase: values[phase].get("device") for phase in chosen})
     known = SETTINGS if root == ROOT else () # the phases of another project have settings of their own
     unfinished = [phase for phase in chosen if phase in known and not is_done(folder, phase, values[phase])]
     built = check_settings(folder.name, unfinished, values)

@@ -95,11 +95,17 @@ _GROUP = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_
 
 def child_environment(env: dict # of a worker
                      ) -> dict: # of its engine
-    "The environment with the one GPU of this worker and without the group's variables."
+    "The environment with this worker's one GPU and without the group's variables; raises `ValueError` without one."
     alone = {k: v for k, v in env.items() if k not in _GROUP and not k.startswith("TORCHELASTIC_")}
     if "LOCAL_RANK" not in env: return alone
-    rank, visible = env["LOCAL_RANK"], env.get("CUDA_VISIBLE_DEVICES")
-    return alone | {"CUDA_VISIBLE_DEVICES": visible.split(",")[int(rank)] if visible else rank}
+    rank, visible = int(env["LOCAL_RANK"]), env.get("CUDA_VISIBLE_DEVICES")
+    if visible is None: return alone | {"CUDA_VISIBLE_DEVICES": str(rank)}
+    if visible in ("", "-1"): return alone # the GPUs are hidden
+    gpus = visible.split(",")
+    if rank >= len(gpus):
+        raise ValueError(f"CUDA_VISIBLE_DEVICES is {visible!r} and names {len(gpus)} GPUs, so worker {rank}, counted "
+                         f"from 0, has none: name n_gpu GPUs there, or unset it")
+    return alone | {"CUDA_VISIBLE_DEVICES": gpus[rank]}
 
 # %% ../nbs/lib/14_serving.ipynb #f0e78ed1
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)   # the steps of vLLM 0.32

@@ -30,7 +30,7 @@ from transformers import ProgressCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 from transformers.utils import is_torch_tf32_available
 
-from . import heldout, models, ranges
+from . import heldout, launch, models, ranges
 from .data import check_disjoint, check_source, load_questions
 from .prompts import build_prompt
 from .records import Phase, RecordError, SettingsError, read_json, require, resolve
@@ -165,12 +165,14 @@ class TrainingSettings(TrainerOptions):
     kernels: bool                # layer kernels from the hub, Liger's among them, by the package kernels on a GPU
     trainer: dict                # options of the phase's TRL config class, by their names there
     n_gpu: int                   # processes; 0 and 1 train in this kernel
+    device: str                  # auto, cpu or cuda
 
     accelerate_config = ""       # a parameter of those phases that accelerate can start
-    ALLOWED = {"base": ranges.BASE, "dev_limit": ranges.COUNT, "keep": ("last", "best"), "n_gpu": ranges.PROCESSES}
+    ALLOWED = {"base": ranges.BASE, "dev_limit": ranges.COUNT, "keep": ("last", "best")} | ranges.MACHINE
 
     def __post_init__(self):
         ranges.check_values(self, self.ALLOWED)
+        launch.check_device(self.device)
         self.check_trainer()
         ranges.check_model("base", self.base)
         build_prompt("", template=self.layout)

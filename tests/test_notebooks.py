@@ -57,7 +57,8 @@ def test_shape_of_a_phase_notebook(notebook):
     "Parameters, settings and main come first, the first result in the first half."
     cells, code = nbformat.read(notebook, 4).cells, code_cells(notebook)
     parameters = next(c for c in code if "parameters" in c.metadata.get("tags", []))
-    assert len(ast.parse(parameters.source).body) <= 20
+    # 20 and `device`, without which a host with a wrong driver trains on its CPUs.
+    assert len(ast.parse(parameters.source).body) <= 21
     main = next(k for k, c in enumerate(code, 1) if re.search(r"^def main\(", c.source, re.M))
     assert main <= 14
     run = next(k for k, c in enumerate(cells) if c.cell_type == "code" and RUN.search(c.source))

@@ -45,7 +45,7 @@ def test_every_recipe_says_what_it_is_for(recipe):
 
 @pytest.mark.parametrize("recipe", recipes())
 def test_all_phases_share_prompt_base_and_preset(recipe):
-    for name in ("template", "base", "preset", "dtype"):
+    for name in ("template", "base", "preset", "dtype", "device"):
         assert len({str(v[name]) for v in values(recipe).values() if name in v}) <= 1, name
 
 
@@ -58,6 +58,12 @@ def test_arms_are_the_presets_wherever_arms_answer(recipe):
     rollouts = v.get("02_rollouts")
     if rollouts and "04_dpo" in v:
         assert set(v["04_dpo"]["control_arms"]) <= {a.name for a in arms(rollouts["arm_set"])}
+
+
+@pytest.mark.parametrize("recipe", BIG)
+def test_a_large_model_is_never_trained_on_a_cpu(recipe):
+    computing = {phase: p["device"] for phase, p in values(recipe).items() if "device" in p}
+    assert computing and set(computing.values()) == {"cuda"}
 
 
 def longest_completion(p):

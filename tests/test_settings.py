@@ -46,6 +46,7 @@ BAD = [
     ("12456", "n_gpu", -1, "n_gpu must be at least 0"),
     ("12456", "n_gpu", 10**6, "n_gpu must be at least 0 and at most 1,024"),
     ("12456", "n_gpu", "8", "n_gpu must be int"),
+    ("12456", "device", "gpu", "device must be auto, cpu or cuda"),
     ("1245", "max_new_tokens", 0, "max_new_tokens must be at least 1"),
     ("1245", "max_new_tokens", 10**9, "max_new_tokens must be at least 1 and at most 1,000,000"),
     ("25", "batch_size", 0, "batch_size must be at least 1"),
@@ -339,10 +340,11 @@ def test_the_runner_has_the_settings_of_each_phase(notebook):
 
 @pytest.mark.parametrize("recipe", runs.recipes())
 def test_every_recipe_is_in_range(recipe):
-    "On a host with vLLM and bitsandbytes; where a base's chat template would have to be fetched, a layout stands in."
+    "On a host with GPUs, vLLM and bitsandbytes; a layout stands in for a chat template that would have to be fetched."
     phases = runs.phases_of(ROOT, recipe)
     values = runs.assign(runs.read_recipe(ROOT, recipe, phases), phases)
-    here = {"engine": ("vllm", "auto"), "template": ("chat", "{question}"), "load_in_4bit": (True, False)}
+    here = {"engine": ("vllm", "auto"), "template": ("chat", "{question}"), "load_in_4bit": (True, False),
+            "device": ("cuda", "auto")}
     for phase in phases:
         changed = {name: mine for name, (theirs, mine) in here.items() if values[phase].get(name) == theirs}
         runs.build_settings(phase, values[phase] | changed | {"run": "settings"})
