@@ -13,6 +13,7 @@ from pathlib import Path
 
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, HfApi, ModelCard, ModelCardData
 
+from .ranges import hub_name
 from .records import RecordWriter, iter_records, located, nearest, require, resolve
 from .report import clock, costs, manifests, summarise, verdict_sentences
 
@@ -57,7 +58,7 @@ def _model_metadata(name: str, parameters: dict, score: dict, tag: str) -> Model
                         metric_type="exact_match", metric_name="share of right final answers",
                         metric_value=round(score["correct"]/score["n"], 4))
     base = parameters["base"]
-    on_hub = {} if resolve(base).exists() else {"base_model": base}
+    on_hub = {} if resolve(base).exists() else {"base_model": hub_name(base)[0]}
     return ModelCardData(language="en", library_name="peft", pipeline_tag="text-generation",
                          tags=["lora", *filter(None, [tag]), "math"], model_name=name, eval_results=[result],
                          **LICENCE, **on_hub)

@@ -18,6 +18,7 @@ import pandas as pd
 
 from .answers import find_answer
 from .prompts import ARM_SETS
+from .ranges import hub_name
 from .records import iter_records, read_json
 from .report import manifests
 from .stats import p_text, wilson
@@ -321,7 +322,7 @@ def _accuracy_criterion(row: tuple, done: dict) -> Criterion:
     share = 100*score["correct"]/score["n"]
     least, most = (100*x for x in wilson(score["correct"], score["n"]))
     number = f"{share:.1f} % ({least:.1f} to {most:.1f})"
-    base, test = p.get("base"), p.get("questions", "")
+    base, test = hub_name(p.get("base", ""))[0], p.get("questions", "")
     if base != ABEL or "gsm8k" not in test:
         other = f"this run has {base} on {test}"
         return Criterion(name, "not applicable", number, expected, source, other)
@@ -349,7 +350,7 @@ def _time_criterion(row: tuple, folder: Path, done: dict) -> Criterion:
     p, seconds = _parameters(done, phase), state["seconds"].get(phase)
     label, expected = f"minutes of {phase}", f"{_range(low, high)} on {'eight H100s' if processes == 8 else 'one H100'}"
     if seconds is None or not p: return _judged(label, None, "no time", expected, source)
-    base, n, number = p.get("base"), max(1, p.get("n_gpu", 0)), f"{seconds/60:.1f}"
+    base, n, number = hub_name(p.get("base", ""))[0], max(1, p.get("n_gpu", 0)), f"{seconds/60:.1f}"
     if base != ABEL or n != processes:
         other = f"this run has {base} and {n} process{'es' if n > 1 else ''}"
         return Criterion(label, "not applicable", number, expected, source, other)

@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['COUNT', 'SIZE', 'SEED', 'LEARNING_RATE', 'EPOCHS', 'SHARE', 'SIZE_OR_SHARE', 'TEMPERATURE', 'TOP_P', 'WEIGHT',
            'PROCESSES', 'MACHINE', 'BASE', 'WITHOUT_EFFECT', 'FILES', 'Range', 'Either', 'Filled', 'looks_local',
-           'named_files', 'check_home', 'check_model', 'check_run', 'check_values', 'check_texts', 'check_options']
+           'named_files', 'check_home', 'hub_name', 'check_model', 'check_run', 'check_values', 'check_texts',
+           'check_options']
 
 # %% ../nbs/lib/01_ranges.ipynb #58f7a0dc
 import math
 import os
+import re
 import types
 import typing
 from collections.abc import Iterator
@@ -99,13 +101,21 @@ def check_home(parameter: str, text: str):
         raise SettingsError(f"{parameter}: {text!r} begins with {user}, and this machine has no such user") from None
 
 # %% ../nbs/lib/01_ranges.ipynb #4b0ef0d1
+def hub_name(name: str) -> tuple[str, str | None]: # name, revision
+    "The parts of a hub model's name, which may end with the revision to take: `GAIR/Abel-7B-002@main`."
+    repository, _, revision = name.partition("@")
+    return repository, revision or None
+
 def check_model(parameter: str, name: str): # empty, a path, or a name on the hub
     "Raise `SettingsError` for a model that is neither a local folder nor a possible name on the hub."
     from huggingface_hub.utils import validate_repo_id  # a slow import, and the command line imports this module
     if not name or looks_local(name) or os.path.isdir(resolve(name)): return
-    try: validate_repo_id(name)
+    repository, at, revision = name.partition("@")
+    try: validate_repo_id(repository)
     except ValueError:
         raise SettingsError(f"{parameter} must be {BASE}, got {name!r:.80}") from None
+    plain = not at or re.fullmatch(r"[\w./-]+", revision)
+    require(plain, f"{parameter}: after @ comes a commit, a tag or a branch of {repository}, got {name!r:.120}")
 
 def check_run(run: str) -> Path: # the run's folder
     "The folder of a run; raises `SettingsError` on a name that a folder cannot have."

@@ -4,11 +4,12 @@ import shutil
 import subprocess
 import sys
 
+import nbformat
 import pytest
 import torch
 from conftest import RUN, small
 
-from looper_math import cli, launch, records, runs, serving
+from looper_math import cli, launch, models, records, runs, serving
 from looper_math.records import ROOT, SettingsError
 
 OLD = "The NVIDIA driver on your system is too old (found version 12020). Please update your GPU driver"
@@ -118,3 +119,38 @@ def test_visible_gpus_shorter_than_the_processes(monkeypatch):
 def test_hidden_gpus_stay_hidden_from_an_engine():
     env = {"LOCAL_RANK": "1", "CUDA_VISIBLE_DEVICES": ""}
     assert serving.child_environment(env)["CUDA_VISIBLE_DEVICES"] == ""
+
+
+# --- the base: at a revision, and there before any worker starts
+
+
+def test_a_revision_is_passed_to_the_hub(monkeypatch):
+    "Both for the safetensors and for the pickles of a repository without any."
+    asked = []
+
+    def download(name, revision=None, allow_patterns=None, **options):
+        asked.append((name, revision))
+        return ROOT / "data"  # holds no safetensors
+
+    monkeypatch.setattr(models, "snapshot_download", download)
+    models.source(f"GAIR/Abel-7B-002@{'0' * 40}")
+    models.source("GAIR/Abel-7B-002")
+    assert asked == 2 * [("GAIR/Abel-7B-002", "0" * 40)] + 2 * [("GAIR/Abel-7B-002", None)]
+
+
+def test_cards_and_criteria_know_a_base_at_a_revision():
+    from looper_math import cards, criteria
+    parameters = {"base": "GAIR/Abel-7B-002@main", "questions": "madrylab/gsm8k-platinum"}
+    metadata = cards._model_metadata("m", parameters, {"correct": 1, "n": 2}, "dpo")
+    assert metadata.base_model == "GAIR/Abel-7B-002"
+    evaluation = {"parameters": parameters, "metrics": {"models": {"dpo": {"correct": 84, "n": 100, "cut_off": 0}}}}
+    judged = criteria._accuracy_criterion(("dpo", 83, 87, "guide"), {"05_eval": evaluation})
+    assert judged.verdict != "not applicable"
+
+
+@pytest.mark.parametrize("phase", ["01_sft", "04_dpo", "06_online_rl"])
+def test_the_base_is_fetched_before_workers_start(phase):
+    "Else eight workers download it at once. Phases 2 and 5 do it with the checks of their inputs."
+    cells = [c.source for c in nbformat.read(ROOT / f"nbs/{phase}.ipynb", 4).cells if c.cell_type == "code"]
+    run = next(source for source in cells if "launch.launch(" in source)
+    assert 0 < run.find("models.source(") < run.find("launch.launch(")
