@@ -156,12 +156,12 @@ def find_answer(
     text: str, # a solution
     alone: bool = False, # as in `read_answer`
 ) -> tuple[int, Fraction] | None: # where the marker starts and the number behind it; None without such a marker
-    "The first rule that gives a number: the last `Answer:`, then the last `####`, then the last `\\boxed{}`."
+    "Of the last `Answer:`, the last `####` and the last `\\boxed{}`, each if it has a number: the one that comes last."
     rest = after_thinking(text)
-    for rule in (_last_answer, _last_hashes, _last_box):
-        marker = rule(rest)
-        value = marker and read_answer(marker[1], alone)
-        if value is not None: return len(text) - len(rest) + marker[0], value
+    markers = [marker for rule in (_last_answer, _last_hashes, _last_box) if (marker := rule(rest))]
+    for start, line in sorted(markers, reverse=True):
+        value = read_answer(line, alone)
+        if value is not None: return len(text) - len(rest) + start, value
     return None
 
 # %% ../nbs/lib/03_answers.ipynb #4db6b225

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['FOREIGN', 'METRICS', 'LACKING', 'Kind', 'check_trajectory', 'check_record', 'ended_by', 'arm_names', 'Source',
-           'imported_trajectory', 'lacking', 'lacking_table', 'differences', 'Imported', 'import_rollouts',
-           'print_lacking']
+           'imported_trajectory', 'lacking', 'lacking_table', 'differences', 'Imported', 'without_texts',
+           'import_rollouts', 'print_lacking']
 
 # %% ../nbs/lib/19_importing.ipynb #33d4438c
 from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +19,7 @@ import pandas as pd
 from . import engines, models, prompts
 from .answers import parse_answer, with_thought
 from .audit import REASONS, cut_off, end_reason
-from .data import gold_answer, question_id
+from .data import gold_answer, load_questions, question_id
 from .prompts import build_prompt
 from .records import RecordError, iter_records, resolve
 from .trajectories import record, trajectory
@@ -109,6 +111,7 @@ class Source(NamedTuple):
     arms: list[prompts.Arm] # of the run; their instructions stand in for a missing prompt
     template: str # of the run's prompts
     preset: str # of the scores
+    questions: str = "" # their texts, for records that name only a question's id
 
 def imported_trajectory(t: dict, # of a foreign record, checked; it has an `arm_name`
                         where: str, # file, line and place, for error messages
@@ -192,6 +195,24 @@ class Imported(NamedTuple):
         by_field = self.differences.set_index("field")[["given", "different"]]
         return {"imported": by_field.to_dict("index"), "lacking": self.lacking}
 
+def _text_of(r: dict, where: str, texts: Callable[[], dict[str, str]]) -> str:
+    "The question's text; raises `RecordError` if the record has neither the text nor the id of a known question."
+    if "question" in r: return r["question"]
+    name = r.get("question_id")
+    if not isinstance(name, str):
+        raise RecordError(f"{where}: field 'question' is missing; the record has {', '.join(r)}")
+    if name not in texts():
+        raise RecordError(f"{where}: field 'question_id' is {name!r}, and no question of the parameter `questions` has "
+                          "this id; name there the file that these rollouts answer")
+    return texts()[name]
+
+def without_texts(records: list[dict]) -> Iterator[dict]:
+    "Rollout records without the questions, the prompts and all that is computed again: what may be published of them."
+    kept = ("arm_name", "full_text", "num_tokens", "finish_reason", "seed")
+    for r in records:
+        trajectories = [{name: t[name] for name in kept} for t in r["trajectories"]]
+        yield {"question_id": r["question_id"], "gold_answer": r["gold_answer"], "trajectories": trajectories}
+
 def _imported_record(r: dict, where: str, source: Source, tokenizer) -> dict:
     "A foreign record in our format; raises `RecordError` that names line, trajectory and field."
     check_record(r, where)
@@ -208,9 +229,10 @@ def import_rollouts(path: str | Path, # a foreign rollout file
                    ) -> Imported:
     "The rollouts of a file, graded and scored by us; raises `RecordError` as `check_record` does."
     tokenizer, theirs, ours, lines = models.load_tokenizer(source.base), [], [], {}
-    fields = {"question": str, "gold_answer": object, "trajectories": list}
-    for k, r in enumerate(iter_records(resolve(path), fields), 1):
+    texts = cache(lambda: {q["question_id"]: q["question"] for q in load_questions(source.questions)})
+    for k, r in enumerate(iter_records(resolve(path), {"gold_answer": object, "trajectories": list}), 1):
         where = f"{path}, line {k}"
+        r = {"question": _text_of(r, where, texts)} | r
         theirs.append(r)
         ours.append(_imported_record(r, where, source, tokenizer))
         if (first := lines.setdefault(ours[-1]["question_id"], k)) != k:

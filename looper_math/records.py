@@ -13,6 +13,7 @@ import ast
 import dataclasses
 import difflib
 import fcntl
+import gzip
 import hashlib
 import importlib.metadata
 import json
@@ -138,15 +139,23 @@ def _record(line: bytes, where: str):
         for problem in _unstorable(record, ""): raise RecordError(f"{where}: {problem}")
     return record
 
-def iter_records(path: str | Path, # JSON lines, UTF-8
+@contextmanager
+def _open_lines(path: Path) -> Iterator[Iterator[bytes]]:
+    "The lines of a file, unpacked where its name ends in .gz; raises `RecordError` when it cannot be unpacked."
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f: yield f
+    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
+        raise RecordError(f"{path}: expected a complete gzip file ({e}); copy it again") from None
+
+def iter_records(path: str | Path, # JSON lines, UTF-8, packed by gzip where the name ends in .gz
                  fields: dict | None = None # required fields and their types
                 ): # yields one dict a line, in constant memory
     "Stream the records of a file; raises `RecordError` at the first bad line, `FileNotFoundError` without a file."
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such record file; run the phase that writes it, or give another path")
-    with path.open("rb") as f:
-        for k, line in enumerate(f, 1):
+    with _open_lines(path) as lines:
+        for k, line in enumerate(lines, 1):
             record = _record(line, f"{path}, line {k}")
             _check(record, f"{path}, line {k}", fields or {})
             yield record

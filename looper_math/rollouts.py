@@ -133,7 +133,7 @@ def run_phase(s: RolloutSettings) -> dict: # the manifest
     "Phase 2 from the start or from where it was stopped; does nothing when it is done."
     phase = open_phase(s)
     if phase.manifest: return phase.manifest
-    source = Source(s.base, s.arms, s.layout, s.preset)
+    source = Source(s.base, s.arms, s.layout, s.preset, s.questions)
     foreign = import_rollouts(s.import_from, source, s.limit) if s.import_from else None
     if not foreign: check_inputs(s)
     phase.begin()
