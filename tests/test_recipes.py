@@ -5,6 +5,7 @@ import re
 import pytest
 
 from looper_math.prompts import arms, build_prompt
+from looper_math.ranges import named_files
 from looper_math.records import ROOT
 from looper_math.regime_w import find_preset
 from looper_math.runs import about_recipe, assign, phases_of, read_recipe, recipes
@@ -144,3 +145,56 @@ def test_the_pocket_computes_in_float32(recipe):
     "Under `auto` its results would depend on the machine: a CPU with instructions for bfloat16 would use them."
     phases = values(recipe).values()
     assert {p["dtype"] for p in phases if "dtype" in p} == {"float32"}
+
+
+def questions_of(source, limit):
+    "Positions in GSM8K's training split that a parameter names; none for another split."
+    name, _, cut = source.partition("[")
+    if name.removesuffix(":train") != "openai/gsm8k": return set()
+    low = int(cut.partition(":")[0] or 0)
+    return set(range(low, low + size(source, limit)))
+
+
+# They repeat pipelines that train and sample on the same questions, and say so in 02_rollouts.yaml.
+SAME_QUESTIONS = ["abel-8xh100", "core-8b", "guide-8"]
+
+
+@pytest.mark.parametrize("recipe", [r for r in BIG if "02_rollouts" in values(r) and "01_sft" in values(r)])
+def test_rollouts_are_of_questions_that_sft_did_not_train_on(recipe):
+    "Own solutions are of the run that the recipe continues."
+    v = values(recipe)
+    sft, own = v["01_sft"], about_recipe(ROOT, recipe).continues
+    source = values(own)["02_rollouts"] if own else {"questions": sft["train"], "limit": sft["limit"]}
+    trained = questions_of(source["questions"], source["limit"])
+    sampled = questions_of(v["02_rollouts"]["questions"], v["02_rollouts"]["limit"])
+    held_out = questions_of(v["04_dpo"]["dev"], v["04_dpo"]["dev_limit"])
+    assert trained and sampled and not held_out & (trained | sampled)
+    assert bool(trained & sampled) == (recipe in SAME_QUESTIONS)
+    if recipe in SAME_QUESTIONS: assert "SFT has trained on these" in text(recipe, "02_rollouts")
+
+
+@pytest.mark.parametrize("recipe", BIG)
+def test_completions_may_be_as_long_as_published_solutions(recipe):
+    "512 tokens cut off 50 of 1,319 of Abel-7B's published solutions."
+    assert all(longest_completion(p) >= 1024 for phase, p in values(recipe).items() if phase != "03_preferences")
+
+
+@pytest.mark.parametrize("recipe", recipes())
+def test_a_recipe_names_the_run_that_it_continues(recipe):
+    "Every phase that it reads of that run is one that the other recipe makes; the twins continue twins."
+    earlier, files = about_recipe(ROOT, recipe).continues, [f for p in values(recipe).values() for f in named_files(p)]
+    read = {tuple(path.split("/")[1:3]) for _, path in files if path.startswith("outputs/")}
+    if not earlier: assert not read or recipe == "pocket-online"  # its evaluation reads three runs
+    else: assert {run for run, _ in read} == {earlier} and {p for _, p in read} <= set(phases_of(ROOT, earlier))
+
+
+def test_abel_smoke_is_the_long_run_in_small():
+    "The same rows and lengths on each GPU, so the same memory; eight processes have a share everywhere."
+    small, long = values("abel-smoke"), values("abel-8xh100")
+    for phase, p in small.items():
+        for name in ("base", "template", "dtype", "device", "n_gpu", "max_new_tokens", "engine", "styles"):
+            assert p.get(name) == long[phase].get(name), f"{phase}.{name}"
+        for name in ("per_device_train_batch_size", "max_length", "gradient_checkpointing"):
+            assert p.get("trainer", {}).get(name) == long[phase].get("trainer", {}).get(name), f"{phase}.trainer.{name}"
+    dpo, pairs = small["04_dpo"], small["02_rollouts"]["limit"] * small["03_preferences"]["cap"]
+    assert pairs / (dpo["trainer"]["per_device_train_batch_size"] * dpo["n_gpu"]) == 8

@@ -366,6 +366,40 @@ def test_a_recipe_runs_its_phases_in_its_own_order(fresh, capsys):
         run_recipe("tiny", "new", first="01", root=fresh)
 
 
+def refusal(argv, root, capsys):
+    "The message with which a command is refused."
+    with pytest.raises(SystemExit) as stop:
+        looper(argv, root)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_a_recipe_that_continues_a_run(fresh, capsys):
+    "It is refused, with the command to run first, until that run is done; --after names another run of that recipe."
+    parameters = 'run = "tiny"  # str: run folder\nrollouts = ""  # str: file'
+    write_phase(fresh, "06_more", parameters, "run=str, rollouts=str",
+                '{"rollouts": records.ROOT/rollouts}', "phase.finish([])")
+    recipe = fresh / "nbs/recipes/other"
+    (recipe / "phases.yaml").write_text("[06_more]\n")
+    (recipe / "06_more.yaml").write_text("rollouts: outputs/tiny/01_numbers/numbers.json\n")
+    (recipe / "about.yaml").write_text("group: twins\npurpose: x\nminutes: 1\nhardware: x\ncontinues: tiny\n")
+    before = files(fresh)
+    refused = lambda *flags: refusal(["run", *flags], fresh, capsys)
+    assert ("06_more.rollouts reads outputs/tiny/01_numbers/numbers.json, and outputs/tiny/01_numbers is not done: "
+            "first `looper run tiny`, or name a finished run of tiny by --after RUN") in refused("other")
+    assert "first `looper run tiny --run mine`" in refused("other", "--after", "mine")
+    assert "--after mine: tiny reads no earlier run" in refused("tiny", "--after", "mine")
+    assert files(fresh) == before
+
+    looper(["run", "tiny", "--run", "mine", "--to", "01"], fresh)
+    looper(["run", "other", "--after", "mine"], fresh)
+    inputs = json.loads((fresh / "outputs/other/06_more/manifest.json").read_text())["input_paths"]
+    assert inputs == {"rollouts": "outputs/mine/01_numbers/numbers.json"}
+    assert "first `looper run tiny`" in refused("other", "--run", "new")
+    assert "outputs/other holds a run of recipe 'other', and other continues one of 'tiny'" in refused(
+        "other", "--run", "new", "--after", "other")
+
+
 def test_no_recipe_lists_them(fresh, capsys):
     "By group, with minutes, hardware and purpose; a recipe that does not say is listed last."
     about = "group: twins\npurpose: adds up\nminutes: not timed\nhardware: 1 CPU core\n"
