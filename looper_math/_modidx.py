@@ -1167,6 +1167,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                'looper_math/training.py')},
             'looper_math.trajectories': { 'looper_math.trajectories.record': ( 'lib/trajectories.html#record',
                                                                                'looper_math/trajectories.py'),
+                                          'looper_math.trajectories.regraded': ( 'lib/trajectories.html#regraded',
+                                                                                 'looper_math/trajectories.py'),
                                           'looper_math.trajectories.requests_for': ( 'lib/trajectories.html#requests_for',
                                                                                      'looper_math/trajectories.py'),
                                           'looper_math.trajectories.trajectory': ( 'lib/trajectories.html#trajectory',
