@@ -26,7 +26,8 @@ FLOORS = [
     {"eval_jobs", "heldout", "pairs", "trajectories"},
     {"ask", "importing", "tables", "verdicts"},
     {"runs", "training", "ppo"},
-    {"cli", "demonstrations", "dpo_trainer", "sampler"},
+    {"demonstrations", "doctor", "dpo_trainer", "sampler"},
+    {"cli"},
     {"sft", "rollouts", "preferences", "dpo", "evaluation", "online_rl"},
 ]
 MODULES = sorted(p.stem for p in (ROOT / "looper_math").glob("[a-z]*.py"))
