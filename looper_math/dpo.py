@@ -101,11 +101,12 @@ def control_config(s: DPOSettings, rows: int, updates: int) -> SFTConfig:
     options |= {"max_steps": updates, "warmup_steps": warmup}
     return training.trainer_config(SFTConfig, shared, s.controlled, rows, completion_only_loss=True, **options)
 
-def train_control(s: DPOSettings, rows: list[dict], updates: int):
-    "Rejection-sampling SFT on `rows` from the same adapter, with as many completions per update as DPO."
+def train_control(s: DPOSettings, rows: list[dict], updates: int) -> dict: # its solutions, and how often it saw each
+    "Rejection-sampling SFT on `rows` from the same adapter, with as many updates as DPO."
     trainer = SFTTrainer(start_policy(s), args=control_config(s, len(rows), updates),
                          train_dataset=Dataset.from_list(rows), processing_class=models.load_tokenizer(s.base))
     training.train(trainer, s.controlled)
+    return {"control_solutions": len(rows), "control_epochs": round(trainer.state.epoch, 2)}
 
 # %% ../nbs/04_dpo.ipynb #be3c2654
 def main(s: DPOSettings):
@@ -120,12 +121,12 @@ def main(s: DPOSettings):
     questions = training.heldout_questions(s, trained)
     if training.is_first_process(): phase.begin()
     log, counts = train_dpo(s, len(pairs))
-    if s.control: train_control(s, rows, counts["updates"])
-    if log is None: return   # not the first process
+    if s.control: counts |= train_control(s, rows, counts["updates"])
     distance = models.adapter_distance(s.adapter, s.trained)
     if distance == 0: raise RuntimeError(f"{s.trained} equals {s.adapter}: training changed no weight")
     start, control = {"SFT": resolve(s.adapter)}, {"control": s.controlled} if s.control else {}
     answers, verdict = training.evaluate_checkpoints(s, start, s.trained, questions, beside=control)
+    if log is None: return   # not the first process
     metrics = dpo_trainer.log_metrics(log, s.option("beta")) | {"adapter_moved_by": distance, "heldout": verdict}
     training.finish(phase, s, s.trained, list(control.values()), answers, counts, metrics)
     shutil.rmtree(s.cache)

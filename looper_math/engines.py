@@ -135,14 +135,15 @@ def opened(engine: str,         # auto, transformers or vllm
            adapter: str | None = None, # peft folder
            dtype: str = "auto",
            batch_size: int = 256,  # most rows decoded together by transformers
-           max_length: int = 4096 # tokens of a prompt and its completion together that vLLM reserves memory for
+           max_length: int = 4096, # tokens of a prompt and its completion together that vLLM reserves memory for
+           load_in_4bit: bool = False # of transformers' weights, by bitsandbytes
           ) -> Iterator[Callable[..., list[Completion]]]: # called with requests and `on_done`, see `answer`
     "An engine with its model loaded, as a function from requests to completions."
     tokenizer = models.load_tokenizer(base)
     if choose_engine(engine) == "vllm":
         with _vllm(base, adapter, dtype, max_length, tokenizer) as generate: yield generate
         return
-    model = models.load_merged(base, adapter, dtype)
+    model = models.load_merged(base, adapter, dtype, load_in_4bit)
     on_cpu = model.device.type == "cpu" and model.config._attn_implementation == "sdpa"
     if on_cpu: decoding.use_grouped_attention(model)
     yield partial(generate_transformers, model=model, tokenizer=tokenizer, batch_size=batch_size)

@@ -14,10 +14,12 @@ from pathlib import Path
 import pandas as pd
 import torch
 from peft import PeftModel
+from torch import distributed
 
 from . import engines, models
 from .answers import extract_answer, same_answer, with_thought
 from .prompts import build_prompt
+from .shards import rank_and_world
 from .stats import Paired, paired, wilson
 
 # %% ../nbs/lib/17_heldout.ipynb #6cda1c9c
@@ -81,9 +83,9 @@ def token_kl(model: PeftModel,
 # %% ../nbs/lib/17_heldout.ipynb #1d7f9f26
 def load_all_adapters(base: str, # folder or hub name
                       stages: dict[str, Path | None], # name → adapter folder, or None for the bare base
-                      dtype: str) -> PeftModel:
+                      dtype: str, load_in_4bit: bool = False) -> PeftModel:
     "The base with the adapter of every stage, under the stage's name; raises as `models.check_adapter` does."
-    model = models.load_base(base, dtype)
+    model = models.load_base(base, dtype, load_in_4bit)
     for stage, folder in stages.items():
         if folder is None: continue
         models.check_adapter(base, folder)
@@ -97,27 +99,45 @@ def _token_ids(row: dict, tokenizer) -> tuple[list[int], list[int]]: # of prompt
     return tokenizer(row["prompt"]).input_ids, completion or [tokenizer.eos_token_id]
 
 # %% ../nbs/lib/17_heldout.ipynb #f9db9fdf
-def _stage_answers(base: str, adapter: Path | None, dtype: str, *question_arguments) -> list[dict]:
+def _stage_answers(base: str, adapter: Path | None, dtype: str, load_in_4bit: bool, *question_arguments) -> list[dict]:
     "Answers of one stage; its model is freed when the call ends."
-    with engines.opened("transformers", base, adapter, dtype) as generate:
+    with engines.opened("transformers", base, adapter, dtype, load_in_4bit=load_in_4bit) as generate:
         return answers(generate, *question_arguments)
+
+def _answers_with_kl(base: str, stages: dict[str, Path | None], dtype: str, load_in_4bit: bool, *question_arguments
+                    ) -> list[dict]: # stage by stage
+    "Answers of every stage, each with its KL divergence from the first stage."
+    rows = {stage: _stage_answers(base, folder, dtype, load_in_4bit, *question_arguments)
+            for stage, folder in stages.items()}
+    model, tokenizer = load_all_adapters(base, stages, dtype, load_in_4bit), models.load_tokenizer(base)
+    adapters = [stage if folder else None for stage, folder in stages.items()]
+    kls = [token_kl(model, adapter, adapters[0], [_token_ids(row, tokenizer) for row in rows[stage]])
+           for stage, adapter in zip(stages, adapters)]
+    return [{"stage": stage, **row, "kl": kl}
+            for stage, values in zip(stages, kls) for row, kl in zip(rows[stage], values)]
+
+def _of_all_processes(rows: list[dict]) -> list[dict]:
+    "The rows of every process, on every process."
+    world = rank_and_world()[1]
+    if world == 1: return rows
+    parts = [None] * world
+    distributed.all_gather_object(parts, rows)
+    return [row for part in parts for row in part]
 
 def trace(base: str, # folder or hub name
           stages: dict[str, Path | None], # name → adapter folder, or None for the bare base; the first is the reference
           questions: list[dict], # as `load_questions` gives them
           template: str,
           dtype: str = "auto",
-          max_new_tokens: int = 256
+          max_new_tokens: int = 256,
+          load_in_4bit: bool = False
          ) -> pd.DataFrame: # a row for each stage and question: `answers`, with `stage` and `kl`
     "Answers of every stage to the questions, and the KL divergence of each answer from the first stage."
-    rows = {stage: _stage_answers(base, folder, dtype, questions, template, max_new_tokens)
-            for stage, folder in stages.items()}
-    model, tokenizer = load_all_adapters(base, stages, dtype), models.load_tokenizer(base)
-    adapters = [stage if folder else None for stage, folder in stages.items()]
-    kls = [token_kl(model, adapter, adapters[0], [_token_ids(row, tokenizer) for row in rows[stage]])
-           for stage, adapter in zip(stages, adapters)]
-    return pd.DataFrame([{"stage": stage, **row, "kl": kl}
-                         for stage, values in zip(stages, kls) for row, kl in zip(rows[stage], values)])
+    rank, world = rank_and_world()
+    share, options = questions[rank::world], (dtype, load_in_4bit)
+    rows = _of_all_processes(_answers_with_kl(base, stages, *options, share, template, max_new_tokens) if share else [])
+    names, ids = list(stages), [q["question_id"] for q in questions]
+    return pd.DataFrame(sorted(rows, key=lambda row: (names.index(row["stage"]), ids.index(row["question_id"]))))
 
 # %% ../nbs/lib/17_heldout.ipynb #a53c06c8
 def compare_stages(stage_answers: pd.DataFrame, # as `trace` returns it

@@ -35,8 +35,9 @@ def worker():
     assert_world(job["world_size"])
     module = importlib.import_module(job["module"])
     record(module.main)(getattr(module, job["settings_class"])(**job["settings"]))
-    # A process that ends while its group's threads run may be aborted.
-    if distributed.is_initialized(): distributed.destroy_process_group()
+    if distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()   # a process that ends while its group's threads run may be aborted
 
 # %% ../nbs/lib/15_launch.ipynb #46625ed0
 def _stream(command: list[str]):

@@ -257,6 +257,10 @@ def _load_4bit(folder: str, dtype: torch.dtype, **options):
         if hasattr(layer, "support_avx512bf16_for_cpu"): layer.support_avx512bf16_for_cpu = False
     return model
 
+def _placement() -> dict:
+    "Options that load weights straight onto the GPU; eight processes would first hold eight copies in host memory."
+    return {} if device().type == "cpu" else {"device_map": {"": device()}}
+
 def load_base(name: str, # hub name or folder
               dtype: str = "auto",         # see `pick_dtype`
               load_in_4bit: bool = False,  # weights in four bits, by bitsandbytes
@@ -267,7 +271,7 @@ def load_base(name: str, # hub name or folder
     check_base(name)
     options = {"use_kernels": True} if kernels else {}
     if load_in_4bit: return _load_4bit(source(name), pick_dtype(dtype), **options)
-    return _load(source(name), dtype=pick_dtype(dtype), **options).to(device())
+    return _load(source(name), dtype=pick_dtype(dtype), **_placement(), **options)
 
 # %% ../nbs/lib/11_models.ipynb #7bf2777b
 TURN = "{question}\n{instruction}" # the user's turn of a chat model
@@ -390,10 +394,13 @@ def load_adapter(base, adapter: str | Path, # a peft folder
     check_adapter(base, adapter)
     return PeftModel.from_pretrained(base, resolve(adapter), is_trainable=trainable)
 
-def load_merged(name: str, adapter: str | Path | None = None, dtype: str = "auto"):
+def load_merged(name: str, adapter: str | Path | None = None, dtype: str = "auto", load_in_4bit: bool = False):
     "The base, with the adapter's update added to its weights if there is one: the fastest form for generation."
-    base = load_base(name, dtype)
-    return load_adapter(base, adapter).merge_and_unload().eval() if adapter else base
+    base = load_base(name, dtype, load_in_4bit)
+    if not adapter: return base
+    model = load_adapter(base, adapter)
+    if load_in_4bit: return model.eval().get_base_model()   # four bits would round the update away: it stays beside
+    return model.merge_and_unload().eval()
 
 # %% ../nbs/lib/11_models.ipynb #b007a85f
 # how far the logits may move when the merged weights are rounded, as a share of the largest logit

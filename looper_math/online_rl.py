@@ -34,7 +34,8 @@ class OnlineSettings(TrainingSettings):
                                           "arm_set": tuple(prompts.ARM_SETS), "prompt": ("canonical", "arm")}
     CONFIG = GRPOConfig
     OPTIONS = TrainingSettings.OPTIONS | sampler.GRPO_OPTIONS
-    FIXED = {name: why for name, why in TrainingSettings.FIXED.items() if name != "save_steps"} | sampler.GRPO_FIXED
+    FIXED = TrainingSettings.FIXED | sampler.GRPO_FIXED
+    DEFAULTS = {name: value for name, value in training.OURS.items() if name != "save_steps"}
 
     def __post_init__(self):
         super().__post_init__()
@@ -110,14 +111,15 @@ def main(s: OnlineSettings):
     held_out = training.heldout_questions(s, {s.questions: questions})
     trainer = make_trainer(s, questions)
     if training.is_first_process(): phase.begin()
-    log = training.train(trainer, s.trained)
-    if log is None: return   # not the first process
+    log, updates = training.train(trainer, s.trained), trainer.state.global_step
+    del trainer   # its model would stay in memory beside those that answer
     distance = models.adapter_distance(s.adapter, s.trained)
     if distance == 0: raise RuntimeError(f"{s.trained} equals {s.adapter}: training changed no weight")
-    start, name = {"SFT": resolve(s.adapter)}, lambda epoch, update: f"update {update}"
-    answers, verdict = training.evaluate_checkpoints(s, start, s.trained, held_out, name=name)
+    start = {"SFT": resolve(s.adapter)}
+    answers, verdict = training.evaluate_checkpoints(s, start, s.trained, held_out, stages_of=training.update_stages)
+    if log is None: return   # not the first process
     metrics = {"first_divergence": float(log.kl.iloc[0]) if s.option("beta") else None, "adapter_moved_by": distance,
                "hacking": sampler.hacking(log), "heldout": verdict}
     metrics |= {f"{when}_{k}": v for when, part in sampler.thirds(log).items() for k, v in part.items()}
-    counts = count_samples(s, questions, trainer.state.global_step)
+    counts = count_samples(s, questions, updates)
     training.finish(phase, s, s.trained, [s.samples], answers, counts, metrics)

@@ -94,8 +94,8 @@ def main(s: SFTSettings):
                                    s.rollouts)
     questions = training.heldout_questions(s, {s.train: human or [], s.rollouts: rollouts or []})
     log, tokens = train_sft(s, rows, phase)
-    if log is None: return   # not the first process
     answers, result = training.evaluate_checkpoints(s, {"base": None}, s.adapter, questions)
+    if log is None: return   # not the first process
     counts = {"rows": len(rows), "tokens": int(tokens.tokens.sum()), "trained_tokens": int(tokens.trained.sum()),
               "cut_off": len(rows) - int(tokens.ends.sum()), "updates": int(log.index[-1])}
     metrics = {"first_loss": float(log.loss.iloc[0]), "last_loss": float(log.loss.iloc[-1]), "heldout": result}

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SCHEDULERS', 'REPORTS', 'OURS', 'precision', 'TrainerOptions', 'read_accelerate', 'TrainingSettings',
            'trainer_arguments', 'one_device', 'trainer_config', 'GradientCheck', 'log_line', 'is_first_process',
-           'LogLines', 'damage', 'checkpoints', 'last_checkpoint', 'train', 'history', 'heldout_questions',
-           'evaluate_checkpoints', 'finish', 'heldout_verdict']
+           'SaveSteps', 'LogLines', 'damage', 'checkpoints', 'last_checkpoint', 'train', 'history', 'heldout_questions',
+           'epoch_stages', 'update_stages', 'evaluate_checkpoints', 'finish', 'heldout_verdict']
 
 # %% ../nbs/lib/16_training.ipynb #bfac8710
 import gc
@@ -42,13 +42,13 @@ SCHEDULERS = tuple(kind.value for kind in SchedulerType if kind.value not in (
 REPORTS = ("none", "trackio", "tensorboard", "wandb")
 
 # The project's defaults, where they differ from TRL's.
-OURS = {"seed": 0, "gradient_checkpointing": False}
+OURS = {"seed": 0, "gradient_checkpointing": False, "save_steps": 0}
 
 # What sets the options that `trainer` may not set → the beginnings of their names.
 _FIXED = {
     "the run's name decides the folder": ("output_dir",),
     "num_train_epochs decides the length": ("max_steps",),
-    "a checkpoint is saved after every epoch, and an interrupted training resumes from the last one":
+    "a checkpoint is saved after every epoch and every save_steps updates, and a training resumes from the last one":
         ("save_", "enable_jit_checkpoint", "resume_from_checkpoint", "ignore_data_skip", "restore_callback_states"),
     "about 50 updates are logged, one line each": ("logging_", "log_on_each_node"),
     "the questions in dev are answered after the training, and keep chooses the checkpoint":
@@ -68,16 +68,16 @@ def precision() -> str: # no, bf16 or fp16
 # %% ../nbs/lib/16_training.ipynb #130ead64
 class TrainerOptions:
     "What a settings class reads from its dictionary `trainer`."
-    CONFIG = TrainingArguments   # TRL's config class of the phase, whose fields are the options
-    OPTIONS = {                  # option → what it may be, beyond its type
+    CONFIG, DEFAULTS = TrainingArguments, OURS   # the phase's config class of TRL, and defaults unlike its own
+    OPTIONS = {             # option → what it may be, beyond its type
         "learning_rate": ranges.LEARNING_RATE, "num_train_epochs": ranges.EPOCHS,
         "per_device_train_batch_size": ranges.SIZE, "gradient_accumulation_steps": ranges.SIZE,
         "warmup_steps": ranges.SIZE_OR_SHARE, "lr_scheduler_type": SCHEDULERS, "max_length": ranges.SIZE,
         "train_sampling_strategy": ("random", "sequential", "group_by_length"), "seed": ranges.SEED,
-        "report_to": REPORTS}
+        "report_to": REPORTS, "save_steps": ranges.Range(0, 10**6, whole=True)}   # 0: after every epoch only
     FIXED = {               # option → what sets it instead
         f.name: reason for f in fields(TrainingArguments) for reason, names in _FIXED.items()
-        if f.name.startswith(names)} | {"model_init_kwargs": "the phase loads the model"}
+        if f.name.startswith(names) and f.name != "save_steps"} | {"model_init_kwargs": "the phase loads the model"}
 
     def check_trainer(self):
         "Raise `SettingsError` for an option that TRL's config class lacks, that is fixed, or that is out of range."
@@ -91,7 +91,7 @@ class TrainerOptions:
 
     def option(self, name: str):
         "The value of an option: the parameter's, else the project's, else TRL's default."
-        chosen, field = OURS | self.trainer, self.CONFIG.__dataclass_fields__[name]
+        chosen, field = self.DEFAULTS | self.trainer, self.CONFIG.__dataclass_fields__[name]
         if name in chosen: return chosen[name]
         return field.default if field.default is not MISSING else field.default_factory()
 
@@ -207,7 +207,7 @@ def trainer_arguments(s: TrainingSettings, folder: str | Path,
                      ) -> dict: # option → value
     "The options of a training: the project's defaults, those in `s.trainer`, and what every phase sets itself."
     updates, gpu = -(-rows // s.effective_batch) * s.epochs, torch.cuda.is_available()
-    return {"tf32": is_torch_tf32_available() or None} | OURS | s.trainer | {
+    return {"tf32": is_torch_tf32_available() or None} | s.DEFAULTS | s.trainer | {
         "output_dir": str(folder), "num_train_epochs": s.epochs, "warmup_steps": s.warmup(updates),
         "bf16": s.mixed_precision == "bf16", "fp16": s.mixed_precision == "fp16", "use_cpu": not gpu,
         "logging_steps": max(1, updates // 50), "logging_first_step": True, "logging_nan_inf_filter": False,
@@ -258,6 +258,12 @@ def log_line(step: int, steps: int, # the update, and how many there will be
 def is_first_process() -> bool:
     "Whether this process is the launcher's first, or the only one: the one that writes."
     return int(os.environ.get("RANK", 0)) == 0
+
+class SaveSteps(TrainerCallback):
+    "Save a checkpoint after every `save_steps` updates too, where one is saved after every epoch."
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.save_strategy != "epoch" or not args.save_steps: return
+        if state.global_step % args.save_steps == 0: control.should_save = True
 
 class LogLines(TrainerCallback):
     "Print `log_line` at every logged update, on the first process."
@@ -316,7 +322,7 @@ def last_checkpoint(folder: str | Path, model) -> Path | None: # none when there
 
 def train(trainer, folder: str | Path) -> pd.DataFrame | None: # what was logged; none on all processes but the first
     "Train, from the last whole checkpoint in `folder` if there is one, and save the adapter there."
-    for callback in (GradientCheck, LogLines): trainer.add_callback(callback)
+    for callback in (GradientCheck, SaveSteps, LogLines): trainer.add_callback(callback)
     trainer.remove_callback(ProgressCallback)   # it prints the same as a dictionary
     checkpoint = last_checkpoint(folder, trainer.model)
     if checkpoint:   # of a checkpoint that also holds DPO's reference, the trainer would load the reference alone
@@ -324,6 +330,7 @@ def train(trainer, folder: str | Path) -> pd.DataFrame | None: # what was logged
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     trainer.save_model(str(folder))
     trainer.save_state()
+    trainer.accelerator.wait_for_everyone()   # the other processes read what the first one has saved
     return history(folder) if is_first_process() else None
 
 # %% ../nbs/lib/16_training.ipynb #1d770e11
@@ -342,21 +349,34 @@ def heldout_questions(s: TrainingSettings,
     for name, records in trained.items(): check_disjoint(records, questions, name, s.dev)
     return questions
 
-def _stages(folder: Path, name: Callable[[int, int], str]) -> dict[str, Path]:
-    "The checkpoints of a training by name; each states its epoch itself."
-    epoch = lambda path: math.ceil(round(read_json(path/"trainer_state.json")["epoch"], 6))
-    return {name(epoch(path), _update(path)): path for path in checkpoints(folder)}
+def _epoch(checkpoint: Path) -> int: # 0 for a checkpoint within an epoch
+    "The epoch at whose end a checkpoint was saved, as it states itself. The last one of a training ends an epoch too."
+    state = read_json(checkpoint/"trainer_state.json", {"epoch": float, "global_step": int, "max_steps": int})
+    epoch = round(state["epoch"], 6)
+    return math.ceil(epoch) if epoch % 1 == 0 or state["global_step"] == state["max_steps"] else 0
+
+def epoch_stages(folder: Path, title: str = "") -> dict[str, Path]: # name → checkpoint
+    "The checkpoints at the ends of a training's epochs."
+    return {f"{title}epoch {epoch}": path for path in checkpoints(folder) if (epoch := _epoch(path))}
+
+def update_stages(folder: Path) -> dict[str, Path]: # name → checkpoint
+    "All checkpoints of a training."
+    return {f"update {_update(path)}": path for path in checkpoints(folder)}
 
 def _copy_adapter(source: Path, folder: Path):
     "Copy the adapter of one folder into another, with its value model if it has one."
     for name in ("adapter_model.safetensors", "adapter_config.json", "value_head.safetensors"):
         if (source/name).exists(): shutil.copyfile(source/name, folder/name)
 
+def _copy_best(answers: pd.DataFrame, trained: dict[Path, dict[str, Path]]): # folder of a training → its stages
+    "Copy the best stage's adapter into the folder of each training, on the first process."
+    if not is_first_process(): return
+    for folder, stages in trained.items(): _copy_adapter(stages[heldout.best_stage(answers, list(stages))], folder)
+
 def _other_stages(keep: str, beside: dict[str, Path]) -> dict[str, dict[str, Path]]:
     "The stages of the other trainings: all epochs under `keep = \"best\"`, else the adapter at the end."
     if keep == "last": return {title: {title: place} for title, place in beside.items()}
-    name = lambda title: lambda epoch, update: f"{title}, epoch {epoch}"
-    return {title: _stages(place, name(title)) for title, place in beside.items()}
+    return {title: epoch_stages(place, f"{title}, ") for title, place in beside.items()}
 
 # %% ../nbs/lib/16_training.ipynb #b59b70f9
 def evaluate_checkpoints(
@@ -365,20 +385,20 @@ def evaluate_checkpoints(
     folder: Path, # of the training, with its checkpoints
     questions: list[dict], # held out; with none there is nothing to evaluate
     beside: dict | None = None, # name → folder of another training that is treated alike
-    name: Callable[[int, int], str] = lambda epoch, update: f"epoch {epoch}" # of a checkpoint
+    stages_of: Callable[[Path], dict[str, Path]] = epoch_stages # what is evaluated of the training in `folder`
 ) -> tuple[pd.DataFrame, dict]: # the answers, as `heldout.trace` returns them, and a summary for the manifest
-    "Answer the questions before the training and after each epoch; under keep best, copy the best adapter to `folder`."
+    """Answer the questions before the training and after each epoch; under keep best copy the best adapter to `folder`.
+
+    All processes of a training call it, and each answers its share."""
     if not questions: return pd.DataFrame(), {}
     gc.collect()   # a trainer refers to itself, so its model is still in memory
-    stages, others = _stages(folder, name), _other_stages(s.keep, beside or {})
+    stages, others = stages_of(folder), _other_stages(s.keep, beside or {})
     first, kept = next(iter(start)), list(stages)[-1]
     everything = start | stages | {stage: path for other in others.values() for stage, path in other.items()}
-    answers = heldout.trace(s.base, everything, questions, s.layout, s.dtype, s.max_new_tokens)
+    answers = heldout.trace(s.base, everything, questions, s.layout, s.dtype, s.max_new_tokens, s.load_in_4bit)
     if s.keep == "best":
         kept = heldout.best_stage(answers, list(stages))
-        _copy_adapter(stages[kept], folder)
-        for title, other in others.items():
-            _copy_adapter(other[heldout.best_stage(answers, list(other))], beside[title])
+        _copy_best(answers, {folder: stages} | {beside[title]: other for title, other in others.items()})
     test = heldout.compare_stages(answers, first, kept)
     return answers, {"kept": kept, "right_before": test.correct_a, "right_after": test.correct_b, "n": test.n,
                      "gained": test.gained, "lost": test.lost, "p": test.p}

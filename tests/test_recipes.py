@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from looper_math.dpo_trainer import CONTROL_EPOCHS
 from looper_math.prompts import arms, build_prompt
 from looper_math.ranges import named_files
 from looper_math.records import ROOT
@@ -140,7 +141,7 @@ def test_deepseek_fits_the_readmes_gpu():
     assert v["06_online_rl"]["algorithm"] == "ppo" and v["06_online_rl"]["arm_set"] == "guide-8"
 
 
-@pytest.mark.parametrize("recipe", [r for r in recipes() if r not in BIG])
+@pytest.mark.parametrize("recipe", [r for r in recipes() if r not in HUB])
 def test_the_pocket_computes_in_float32(recipe):
     "Under `auto` its results would depend on the machine: a CPU with instructions for bfloat16 would use them."
     phases = values(recipe).values()
@@ -198,3 +199,12 @@ def test_abel_smoke_is_the_long_run_in_small():
             assert p.get("trainer", {}).get(name) == long[phase].get("trainer", {}).get(name), f"{phase}.trainer.{name}"
     dpo, pairs = small["04_dpo"], small["02_rollouts"]["limit"] * small["03_preferences"]["cap"]
     assert pairs / (dpo["trainer"]["per_device_train_batch_size"] * dpo["n_gpu"]) == 8
+
+
+def test_the_control_of_abel_repeats_little():
+    "With the fewest solutions and the most pairs that are expected, 1,700 and 5,000."
+    p, sizes = values("abel-8xh100")["04_dpo"], ("per_device_train_batch_size", "gradient_accumulation_steps")
+    batch, control = (p["n_gpu"] * math.prod(p[trainer][name] for name in sizes)
+                      for trainer in ("trainer", "control_trainer"))
+    updates = math.ceil(5000 / batch) * p["trainer"]["num_train_epochs"]
+    assert updates * control / 1700 <= CONTROL_EPOCHS

@@ -726,6 +726,14 @@ def test_launch_two_processes(tiny_phase, tmp_path, capsys):
     assert "rank 0 of 2 is done" in capsys.readouterr().out
 
 
+def test_all_processes_leave_together(tiny_phase, tmp_path):
+    "NCCL may abort a process whose peers have gone, so none leaves while the first one still writes its files."
+    launch.launch("tiny_phase", tiny_phase.Settings(str(tmp_path), late=4.), n_gpu=2)
+    done, left = (max(float((tmp_path / f"{name}{rank}").read_text()) for rank in ranks)
+                  for name, ranks in (("done", (0, 1)), ("left", (1,))))
+    assert left >= done
+
+
 def test_launch_fails_with_the_tail(tiny_phase, tmp_path):
     with pytest.raises(RuntimeError, match="(?s)ended with exit code 1; its last lines.*rank 1 broke"):
         launch.launch("tiny_phase", tiny_phase.Settings(str(tmp_path), fail=True), n_gpu=2)

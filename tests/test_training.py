@@ -2,13 +2,15 @@
 import collections
 import dataclasses
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 from conftest import SMALL, fresh, kill_when, papermill, small, start
 from safetensors.torch import load_file
 
-from looper_math import dpo, sft, training
+from looper_math import dpo, dpo_trainer, models, sft, training
 from looper_math.data import load_questions
 from looper_math.launch import launch
 from looper_math.records import read_json, read_records
@@ -58,6 +60,38 @@ def test_two_processes_lose_what_one_loses(inputs, module, settings, phase, trai
     assert (abs(one - two) / one).max() < 1e-3, (one.tolist(), two.tolist())
 
 
+def test_two_processes_share_the_held_out_questions(small_run, monkeypatch):
+    "Each answers half of them, and the file is that of one process: here of the base, which no training has changed."
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    answers = []
+    for n, module in ((1, "looper_math.sft"), (2, "slow_phase")):
+        folder = fresh(f"held-out-{n}")
+        s = sft.SFTSettings(**small("01_sft", run=folder.name, n_gpu=n, limit=32, dev_limit=7))
+        launch(module, s, n_gpu=n)
+        answers.append([row for row in read_records(s.folder / "heldout.jsonl") if row["stage"] == "base"])
+    assert [len((folder / f"asked{rank}").read_text().split()) for rank in (0, 1)] == [4, 3]
+    for n in (1, 2): shutil.rmtree(folder.with_name(folder.name[:-1] + str(n)))
+    assert [r["question_id"] for r in answers[0]] == [r["question_id"] for r in answers[1]]
+    assert [r["completion"] for r in answers[0]] == [r["completion"] for r in answers[1]] and answers[0][0]["kl"] == 0
+
+
+def test_held_out_answers_take_four_bits_when_the_training_does(small_run, monkeypatch):
+    "Every model that answers, and the one for the KL divergence: otherwise a 24 GB GPU would have to hold 16 bits."
+    load, bits = models.load_base, []
+
+    def recorded(name, dtype="auto", load_in_4bit=False):
+        bits.append(load_in_4bit)
+        return load(name, dtype)
+
+    monkeypatch.setattr(models, "load_base", recorded)
+    s = sft.SFTSettings(**small("01_sft", dev_limit=2, max_new_tokens=20))
+    s.load_in_4bit = True
+    answers, _ = training.evaluate_checkpoints(s, {"base": None}, small_run / "01_sft/adapter",
+                                               training.heldout_questions(s, {}))
+    assert bits == [True] * 3 and len(answers) == 4
+
+
 def test_sft_after_a_kill(small_run):
     "kill -9 after the first epoch, then the phase again: the adapter of an uninterrupted training."
     parameters = dict(trainer={"num_train_epochs": 2}, limit=40, dev="")
@@ -69,6 +103,35 @@ def test_sft_after_a_kill(small_run):
     whole, resumed = (f / "01_sft" / "adapter" for f in folders)
     assert distance(whole, resumed) < 1e-5
     assert len(training.checkpoints(resumed)) == 2
+    for folder in folders: shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("module, settings, phase", [
+    (sft, sft.SFTSettings, "01_sft"), (dpo, dpo.DPOSettings, "04_dpo")], ids=["sft", "dpo"])
+def test_a_kill_within_an_epoch(inputs, module, settings, phase):
+    """kill -9 after a checkpoint of `save_steps`, then the phase again: the adapters of an uninterrupted training.
+
+    The held-out questions are answered at the ends of epochs alone."""
+    options = {"per_device_train_batch_size": 4, "num_train_epochs": 2, "save_steps": 3}
+    shared = {"trainer": options, "dev_limit": 4, "keep": "best"} | (inputs if phase == "04_dpo" else {"limit": 20})
+    folders = [fresh(f"{phase}-{name}") for name in ("whole", "killed")]
+    parameters = [small(phase, run=folder.name, **shared) for folder in folders]
+    process = start(module.__name__.split(".")[-1], settings.__name__, "main", parameters[1])
+    checkpoints = lambda: training.checkpoints(folders[1] / phase / "adapter")
+    kill_when(process, checkpoints, limit=600)
+    for later in checkpoints()[1:]: shutil.rmtree(later)   # where the signal came late
+    assert not training.epoch_stages(folders[1] / phase / "adapter")
+    for p in parameters: module.main(settings(**p))
+    whole, killed = (f / phase for f in folders)
+    for name in ("adapter", "control") if phase == "04_dpo" else ("adapter",):
+        assert distance(whole / name, killed / name) < 1e-5
+        steps, ends = training.checkpoints(killed / name), training.epoch_stages(killed / name)
+        assert [p.name for p in steps] == [p.name for p in training.checkpoints(whole / name)]
+        assert "checkpoint-3" in [p.name for p in steps] and killed / name / "checkpoint-3" not in ends.values()
+        updates = read_json(killed / name / "trainer_state.json")["global_step"]
+        assert {f"checkpoint-{n}" for n in range(3, updates, 3)} <= {p.name for p in steps}
+    stages = {r["stage"] for r in read_records(killed / "heldout.jsonl")}
+    assert {"epoch 1", "epoch 2"} <= stages and len(stages) == 3 + (len(ends) if phase == "04_dpo" else 0)
     for folder in folders: shutil.rmtree(folder)
 
 
@@ -98,6 +161,11 @@ def test_the_control_is_trained_beside_dpo(inputs):
     assert distance(s.trained, s.controlled) > 1e-4
     stages = dict.fromkeys(r["stage"] for r in read_records(s.folder / "heldout.jsonl"))
     assert list(stages) == ["SFT", "epoch 1", "epoch 2", "control"]
+    counts = read_json(s.folder / "manifest.json")["counts"]
+    rows, batch = counts["control_solutions"], 2 * s.batch_size
+    whole, rest = divmod(steps[0], -(-rows // batch))
+    assert whole <= counts["control_epochs"] <= whole + (rest > 0)
+    assert f"its {rows:,} solutions" in dpo_trainer.control_repeats(rows, counts["control_epochs"])
     shutil.rmtree(folder)
 
 

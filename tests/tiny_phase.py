@@ -1,4 +1,5 @@
 "A phase of a few lines, for the launcher's tests: two processes add up their ranks."
+import atexit
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ class Settings:
     folder: str  # where each rank leaves a file
     fail: bool = False  # whether rank 1 should break
     wait: float = 0.0  # seconds of work
+    late: float = 0.0  # seconds of more work on rank 0, when the others are done
 
 
 def main(settings):
@@ -22,6 +24,9 @@ def main(settings):
     time.sleep(settings.wait)
     if settings.fail and dist.get_rank() == 1:
         raise ValueError("rank 1 broke")
-    (Path(settings.folder) / f"rank{dist.get_rank()}").write_text(str(total.item()))
-    print(f"rank {dist.get_rank()} of {dist.get_world_size()} is done")
-    dist.destroy_process_group()
+    folder, rank = Path(settings.folder), dist.get_rank()
+    atexit.register(lambda: (folder / f"left{rank}").write_text(str(time.time())))
+    if rank == 0: time.sleep(settings.late)
+    (folder / f"done{rank}").write_text(str(time.time()))
+    (folder / f"rank{rank}").write_text(str(total.item()))
+    print(f"rank {rank} of {dist.get_world_size()} is done")
