@@ -12,6 +12,8 @@ import pytest
 import torch
 from conftest import RUN, small
 from safetensors.torch import load_file
+from sentencepiece import SentencePieceTrainer
+from transformers import MistralConfig
 
 from looper_math import cli, doctor, launch, models, records, runs, serving
 from looper_math.records import ROOT, SettingsError
@@ -374,6 +376,28 @@ def test_the_rows_of_the_tokenizer(tmp_path):
     bad = rows(folder)
     assert "9,999" in bad["tokenizer"].found and "embedding has 752 rows" in bad["end tokens"].found
     assert bad["generation config"].status == "failed" and bad["padding token"].status == "ok"
+
+
+@pytest.fixture
+def sentencepiece_folder(tmp_path):
+    "A Mistral's folder without weights, whose tokenizer sentencepiece has trained on three sentences."
+    sentences = ["Question: How many apples?", "Question: Mia has 12 apples.", "Answer: Let's think step by step."]
+    options = dict(vocab_size=340, model_type="bpe", byte_fallback=True, normalization_rule_name="identity")
+    SentencePieceTrainer.train(sentence_iterator=iter(50 * sentences), model_prefix=str(tmp_path / "tokenizer"),
+                               remove_extra_whitespaces=False, minloglevel=2, **options)
+    MistralConfig(vocab_size=340).save_pretrained(tmp_path)
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    records.write_json(tmp_path / "tokenizer_config.json", special | {"tokenizer_class": "LlamaTokenizer"})
+    return tmp_path
+
+
+def test_the_row_of_the_tokenizer_against_sentencepiece(sentencepiece_folder):
+    "And with a `tokenizer.json` beside it that makes other tokens."
+    assert doctor.tokenizer_findings(str(sentencepiece_folder))[0] == doctor.Finding(
+        "tokenizer", "ok", "gives sentencepiece's tokens of a prompt")
+    shutil.copy(ROOT / "data/pocket-base/tokenizer.json", sentencepiece_folder)
+    finding = doctor.tokenizer_findings(str(sentencepiece_folder))[0]
+    assert finding.status == "failed" and "sentencepiece reads" in finding.found
 
 
 def test_the_row_of_the_padding_token(tmp_path):
