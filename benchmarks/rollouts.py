@@ -101,26 +101,26 @@ def peak_gib():
 
 def phase_2(meter, s, generate, questions):
     "The phase's own loop, into a shard in a scratch folder."
-    chunks = [questions[i:i + s.chunk] for i in range(0, len(questions), s.chunk)]
     requests_of, make = functools.partial(rollouts.arm_requests, s), functools.partial(rollouts.rollout, s)
     with tempfile.TemporaryDirectory() as d:
         files = dataclasses.replace(s.files, final=Path(d) / "rollouts.jsonl", partial=Path(d) / "gathered.jsonl")
-        with meter.turn(): shards.append(files, generate, chunks, requests_of, make, set())
+        tasks = shards.missing(files, questions, requests_of, make)
+        with meter.turn(): shards.append(generate, tasks)
         rows = trajectory_table(read_sealed(files.shard_of(0)))
     meter.add(len(rows), int(rows.num_tokens.sum()))
 
 
-def chunks_of_jobs(s, questions, tokenizer, context):
-    "The requests of each chunk as jobs, as the engine gets them."
-    for i in range(0, len(questions), s.chunk):
-        requests = [r for q in questions[i:i + s.chunk] for r in requests_for(q, s.arms, s.template, s.max_new_tokens)]
-        yield engines.tokenize(requests, tokenizer, context)
+def windows_of_jobs(s, questions, tokenizer, context):
+    "The requests of each window as jobs, as the transformers engine decodes them."
+    requests = [r for q in questions for r in requests_for(q, s.arms, s.template, s.max_new_tokens)]
+    size = engines.WINDOW * s.batch_size
+    for i in range(0, len(requests), size): yield engines.tokenize(requests[i:i + size], tokenizer, context)
 
 
 def decode_loop(meter, s, model, tokenizer, ends, questions):
-    chunks = list(chunks_of_jobs(s, questions, tokenizer, model.config.max_position_embeddings))
+    windows = list(windows_of_jobs(s, questions, tokenizer, model.config.max_position_embeddings))
     with meter.turn():
-        batches = [b for jobs in chunks for b in decoding.decode(jobs, model, ends, rows=s.batch_size)]
+        batches = [b for jobs in windows for b in decoding.decode(jobs, model, ends, rows=s.batch_size)]
     lengths = [len(new) for batch in batches for _, new in batch]
     meter.add(len(lengths), sum(lengths))
 
@@ -137,7 +137,7 @@ def library(model, tokenizer, jobs, ends):
 
 
 def generate_same(meter, s, model, tokenizer, ends, questions):
-    for jobs in chunks_of_jobs(s, questions, tokenizer, model.config.max_position_embeddings):
+    for jobs in windows_of_jobs(s, questions, tokenizer, model.config.max_position_embeddings):
         for batch in decoding.cut_batches(jobs, s.batch_size, decoding.BATCH_TOKENS):
             with meter.turn(): tokens, texts = library(model, tokenizer, [jobs[i] for i in batch], ends)
             meter.add(len(texts), tokens)
@@ -215,12 +215,13 @@ def print_turn(turn, rows, before):
 
 
 def on_transformers(args, s, questions):
-    model, tokenizer = models.load_merged(s.base, s.adapter_folder, s.dtype), models.load_tokenizer(s.base)
+    model, ours = (models.load_merged(s.base, s.adapter_folder, s.dtype) for _ in range(2))
+    tokenizer = models.load_tokenizer(s.base)
+    if ours.device.type == "cpu": decoding.use_grouped_attention(ours)   # as the engine does
     ends = engines.end_tokens(model.generation_config, tokenizer)
     single = -(-min(args.single, len(questions)) // args.rounds)   # in each turn
     rows = {name: Meter() for name in ("phase 2", "decode loop", "generate, same", "generate, 11", "one by one")}
     with engines.opened("transformers", s.base, s.adapter_folder, s.dtype, s.batch_size) as generate:
-        ours = generate.keywords["model"]
         phase_2(Meter(), s, generate, questions[:8])                        # warm up
         size = -(-len(questions) // args.rounds)
         for turn in range(args.rounds):
@@ -233,7 +234,7 @@ def on_transformers(args, s, questions):
             generate_grouped(rows["one by one"], s, model, tokenizer, ends, part[:single], 1)
             print_turn(turn, rows, before)
     show(rows, {name: len(questions) for name in rows} | {"one by one": single * args.rounds}, len(questions))
-    jobs = [j for chunk in chunks_of_jobs(s, questions, tokenizer, model.config.max_position_embeddings) for j in chunk]
+    jobs = [j for part in windows_of_jobs(s, questions, tokenizer, model.config.max_position_embeddings) for j in part]
     new = [rows["phase 2"].tokens / len(jobs)] * len(jobs)
     batches = decoding.cut_batches(jobs, s.batch_size, decoding.BATCH_TOKENS)
     print("phase 2:", limits(device_name(), model.config, sum(p.numel() for p in model.parameters()),
@@ -247,7 +248,7 @@ def on_vllm(args, s, questions):
     with engines.opened("vllm", s.base, s.adapter_folder, s.dtype, max_length=args.length) as generate:
         phase_2(Meter(), s, generate, questions[:8])                        # warm up
         phase_2(rows["phase 2"], s, generate, questions)
-    jobs = [j for chunk in chunks_of_jobs(s, questions, tokenizer, args.length) for j in chunk]
+    jobs = [j for part in windows_of_jobs(s, questions, tokenizer, args.length) for j in part]
     spawn = multiprocessing.get_context("spawn")
     results = spawn.SimpleQueue()
     process = spawn.Process(target=raw_vllm, args=(folder, s.adapter_folder, s.dtype, jobs, args.length, ends, results))
@@ -266,7 +267,6 @@ def main():
     parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--chunk", type=int, default=400)
     parser.add_argument("--max-new-tokens", type=int, default=200)
     parser.add_argument("--length", type=int, default=1024, help="tokens of a prompt and its completion, for vLLM")
     parser.add_argument("--rounds", type=int, default=2, help="parts of the questions, over which the rows take turns")
@@ -277,7 +277,7 @@ def main():
     base = random_model(args.shape, args.dtype) if args.shape else args.base
     adapter = "none" if args.shape else args.adapter or "none"
     ours = dict(run="benchmark", base=base, adapter=adapter, engine=args.engine, dtype=args.dtype,
-                batch_size=args.batch_size, chunk=args.chunk, max_new_tokens=args.max_new_tokens)
+                batch_size=args.batch_size, max_new_tokens=args.max_new_tokens)
     s = rollouts.RolloutSettings(**defaults | ours)
     questions = load_questions(s.questions, limit=args.questions)
     print(f"{len(questions)} questions, {len(s.arms)} arms, {args.shape or s.base}, {torch.get_num_threads()} cores, "

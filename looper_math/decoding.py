@@ -27,6 +27,7 @@ class DecodingJob:
     top_p: float          # nucleus: the fewest tokens whose probability reaches this
     seed: int             # of the job's own random generator
     max_new_tokens: int   # tokens, the end token included
+    adapter: str | None = None # peft folder that vLLM serves it with; `decode` gets a model with merged weights
 
 # %% ../nbs/lib/12_decoding.ipynb #38eb69bf
 def uniforms(jobs: list[DecodingJob], n: int) -> torch.Tensor: # float32, shape (len(jobs), n), in [0, 1)

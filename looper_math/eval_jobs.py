@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAMPLING', 'EVAL_STYLES', 'STOPS', 'check_sampling', 'sampling_options', 'check_styles', 'Job', 'jobs_of', 'few_shot',
-           'clip', 'Prompts', 'sample_arms', 'chunks_of', 'answer_row', 'row_of']
+           'clip', 'Prompts', 'sample_arms', 'answer_row', 'row_of']
 
 # %% ../nbs/lib/25_eval_jobs.ipynb #acb661c8
 from dataclasses import dataclass
@@ -109,13 +109,6 @@ class Prompts:
 def sample_arms(n: int, temperature: float, top_p: float, seed: int) -> list[Arm]: # names 0, 1, …
     "`n` samples under the canonical instruction, with seeds that count up."
     return [Arm(str(k), prompts.CANONICAL, temperature, top_p, seed + k) for k in range(n)]
-
-def chunks_of(questions: list[dict], rows: int, # of one question
-              size: int # completions of a chunk, about
-             ) -> list[list[dict]]:
-    "Questions in chunks of fixed size, at least one question each."
-    step = max(1, size // rows)
-    return [questions[i:i + step] for i in range(0, len(questions), step)]
 
 # %% ../nbs/lib/25_eval_jobs.ipynb #db7e970c
 def answer_row(question: dict, completion: engines.Completion, model: str, prompt_style: str, sample: str = "greedy",

@@ -48,6 +48,12 @@ class EvalModels:
             raise FileNotFoundError(f"{folder}: no such model folder; run the phase that makes it, or give a hub name")
         return (self.base, place) if (folder/"adapter_config.json").exists() else (place, None)
 
+    def by_base(self) -> dict[str, dict[str, str | None]]: # base → model → its adapter, None for the base itself
+        "The models that one engine serves together; raises as `base_and_adapter` does."
+        places, found = {name: self.base_and_adapter(name) for name in self.models}, {}
+        for name, (base, adapter) in places.items(): found.setdefault(base, {})[name] = adapter
+        return found
+
 def _is_model_name(name) -> bool:
     return isinstance(name, str) and 0 < len(name) <= 64 and name.replace("_", "a").isalnum()
 

@@ -74,8 +74,10 @@ PROCESSES = Range(0, 1024)                # 0 and 1 work in the notebook
 MACHINE = {"n_gpu": PROCESSES, "device": ("auto", "cpu", "cuda")} # of every phase that computes
 BASE = Filled("a folder of the project or a name on the hub")
 
-# Parameters that change the speed of a training and not its result: a resumed run may change them.
-WITHOUT_EFFECT = ("kernels", "device", "trainer.report_to", "trainer.gradient_checkpointing")
+# Parameters that change speed and memory and not the result: a resumed run may change them.
+WITHOUT_EFFECT = ("kernels", "device", "trainer.report_to", "trainer.gradient_checkpointing",
+                  "serving.gpu_memory_utilization", "serving.max_num_seqs", "serving.max_num_batched_tokens",
+                  "serving.cpu_offload_gb", "serving.enforce_eager", "serving.start_minutes")
 
 # %% ../nbs/lib/01_ranges.ipynb #5c6591f8
 FILES = ("base", "train", "dev", "practice", "questions", "harder", "adapter", "pairs", "rollouts", "import_from",

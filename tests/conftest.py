@@ -18,10 +18,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 RUN = "pytest-" + os.environ.get("PYTEST_XDIST_WORKER", "pipeline")   # workers side by side must not share a run
 SMALL = {
     "01_sft": {"limit": 96, "trainer": {"num_train_epochs": 1}, "dev_limit": 8},
-    "02_rollouts": {"limit": 24, "chunk": 8},
+    "02_rollouts": {"limit": 24},
     "03_preferences": {},
     "04_dpo": {"min_pairs": 2, "trainer": {"num_train_epochs": 2, "per_device_train_batch_size": 4}, "dev_limit": 8},
-    "05_eval": {"limit": 16, "chunk": 8},
+    "05_eval": {"limit": 16},
     "06_online_rl": {},
 }
 
@@ -102,4 +102,15 @@ def random_adapter(tmp_path_factory):
         if "lora_B" in name: torch.nn.init.normal_(p, std=.05)
     folder = tmp_path_factory.mktemp("adapter")
     model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def other_adapter(random_adapter, tmp_path_factory):
+    "Folder of the same adapter with half of its update."
+    from safetensors.torch import load_file, save_file
+    folder = shutil.copytree(random_adapter, tmp_path_factory.mktemp("other") / "adapter")
+    weights = load_file(folder / "adapter_model.safetensors")
+    halved = {name: w * (.5 if "lora_B" in name else 1) for name, w in weights.items()}
+    save_file(halved, folder / "adapter_model.safetensors")
     return str(folder)

@@ -67,7 +67,7 @@ def run():
 def test_rollouts_are_those_of_one_process(run):
     files = []
     for name, n in ((run.name, N), (fresh("eight-one").name, 1)):
-        parameters = {"run": name, "n_gpu": n, "limit": 20, "chunk": 2, "adapter": str(run / "01_sft/adapter")}
+        parameters = {"run": name, "n_gpu": n, "limit": 20, "adapter": str(run / "01_sft/adapter")}
         s = rollouts.RolloutSettings(**small("02_rollouts", **parameters))
         rollouts.run_phase(s)
         files.append(s.path.read_bytes())
@@ -89,7 +89,7 @@ def test_dpo_and_its_control(run):
 
 def test_evaluation_is_that_of_one_process(run):
     models = {"base": "", "dpo": str(run / "04_dpo/adapter")}
-    parameters = {"models": models, "comparisons": [], "limit": 10, "chunk": 2, "sampling": SAMPLING, "arm_set": ""}
+    parameters = {"models": models, "comparisons": [], "limit": 10, "sampling": SAMPLING, "arm_set": ""}
     folders = []
     for name, n in ((run.name, N), (fresh("eight-one").name, 1)):
         s = evaluation.EvalSettings(**small("05_eval", run=name, n_gpu=n, **parameters))

@@ -1,4 +1,5 @@
 "Samples that depend on their request alone, engines that end with their parent, and pickled checkpoints of a hub."
+import importlib
 import os
 import shutil
 import signal
@@ -6,18 +7,20 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
 import torch
+from conftest import fresh, small
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file
 
-from looper_math import engines, models
+from looper_math import engines, models, runs, serving
 from looper_math.data import load_questions
 from looper_math.prompts import arms, build_prompt, sample_seed
-from looper_math.records import ROOT, write_json
+from looper_math.records import ROOT, run_folder, write_json
 
 BASE = "data/pocket-base"
 
@@ -46,6 +49,58 @@ def test_a_sample_is_a_function_of_its_request(data, requests, together, pocket)
     chosen = data.draw(st.permutations(requests))[:data.draw(st.integers(1, len(requests)))]
     made = engines.generate_transformers(chosen, *pocket, batch_size=data.draw(st.integers(1, 40)))
     assert made == [together[r.id] for r in chosen]
+
+
+def test_one_engine_for_the_base_and_its_adapters(requests, random_adapter, other_adapter):
+    "To the last token what an engine for each of them gives, also for the base after an adapter was merged."
+    folders = [random_adapter, None, other_adapter]
+    alone = {}
+    for folder in folders:
+        with engines.opened("transformers", BASE, folder, "float32") as generate: alone[folder] = generate(requests)
+    mixed = [replace(r, id=f"{k}:{r.id}", adapter=folders[k % 3]) for r in requests for k in range(3)]
+    with engines.opened("transformers", BASE, None, "float32", adapters=[random_adapter, other_adapter]) as generate:
+        for _ in range(2):
+            made = {c.id: c for c in generate(mixed)}
+            for k, folder in enumerate(folders):
+                assert [replace(made[f"{k}:{r.id}"], id=r.id) for r in requests] == alone[folder]
+        with pytest.raises(ValueError, match="adapter elsewhere is not among those that the engine was opened with"):
+            generate([replace(requests[0], adapter="elsewhere")])
+    assert len({tuple(c.text for c in texts) for texts in alone.values()}) == 3
+
+
+def test_the_base_is_loaded_once_for_all_adapters(requests, random_adapter, other_adapter, monkeypatch):
+    loaded, load = [], models.load_base
+    monkeypatch.setattr(models, "load_base", lambda *a: loaded.append(a) or load(*a))
+    with engines.opened("transformers", BASE, random_adapter, "float32", adapters=[other_adapter]) as generate:
+        generate([replace(r, adapter=a) for r, a in zip(requests, (None, random_adapter, other_adapter))])
+    assert len(loaded) == 1
+
+
+@pytest.fixture
+def hanging_vllm(tmp_path, monkeypatch):
+    "A module vllm whose import never ends, in a child process that prints a line as soon as Python runs."
+    (tmp_path / "vllm.py").write_text("import time; time.sleep(600)")
+    (tmp_path / "sitecustomize.py").write_text("print('a library waits for the network', flush=True)")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+
+
+@pytest.mark.parametrize("phase", ["02_rollouts", "05_eval"])
+def test_a_start_of_vllm_that_never_ends(hanging_vllm, random_adapter, phase, capsys):
+    "The phase stops after its limit; log and last lines are in the error, and the log is in the run's folder."
+    module, name = runs.SETTINGS[phase]
+    models_of = {"models": {"base": "", "sft": random_adapter}, "comparisons": []} if phase == "05_eval" else {}
+    changes = {"run": fresh(f"hanging-{module}").name, "engine": "vllm", "serving": {"start_minutes": .2}, "limit": 2}
+    if phase == "02_rollouts": changes["adapter"] = random_adapter
+    phase_module = importlib.import_module(f"looper_math.{module}")
+    s = getattr(phase_module, name)(**small(phase, **changes, **models_of))
+    with pytest.raises(serving.ChildFailed) as e: phase_module.run_phase(s)
+    log = f"outputs/{s.run}/{phase}/vllm-0.log"
+    assert "not ready after 0.2 minutes; raise serving.start_minutes" in str(e.value)
+    assert f"its log {log}:\na library waits for the network" in str(e.value)
+    assert "a library waits for the network" in (ROOT / log).read_text()
+    assert capsys.readouterr().out.count(f"vLLM starts; its log is {log}") == 1
+    shutil.rmtree(run_folder(s.run))
 
 
 ENGINE = "import time; from looper_math.serving import serve; serve(lambda settings: lambda jobs: time.sleep(600))"

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pandas as pd
@@ -12,13 +13,14 @@ import pytest
 from conftest import papermill
 from safetensors.torch import load_file, save_file
 
-from looper_math import audit, cards, cli, criteria, evaluation, report
+from looper_math import audit, cards, cli, criteria, engines, eval_jobs, evaluation, launch, report
+from looper_math.engines import Completion
 from looper_math.grading import VERDICTS
 from looper_math.records import ROOT, RunConflict, SettingsError, read_json, read_records, run_folder, write_json
 from looper_math.runs import parameters_of
 
 RUN = "pytest-eval"
-FAST = {"limit": 20, "chunk": 8, "sampling": {"n": 2, "models": 1, "questions": 4}, "arm_set": "guide-8", "harder": "",
+FAST = {"limit": 20, "sampling": {"n": 2, "models": 1, "questions": 4}, "arm_set": "guide-8", "harder": "",
         "max_new_tokens": 120}
 
 
@@ -77,6 +79,49 @@ def test_two_processes_give_the_same_bytes(done, random_adapter):
     shutil.rmtree(s.folder.parent)
 
 
+def test_models_of_one_base_share_an_engine(done, random_adapter, monkeypatch):
+    "One start for base, copy and adapter, and one more for a model with a base of its own."
+    elsewhere = ROOT / "outputs" / f"{RUN}-base"
+    shutil.rmtree(elsewhere, ignore_errors=True)
+    shutil.copytree(ROOT / "data/pocket-base", elsewhere)
+    opened, starts = engines.opened, []
+    monkeypatch.setattr(engines, "opened", lambda *a, **k: starts.append(a[1]) or opened(*a, **k))
+    s = settings(random_adapter, f"{RUN}-engines", limit=3)
+    s = replace(s, models={"own": str(elsewhere)} | s.models)
+    shutil.rmtree(s.folder.parent, ignore_errors=True)
+    evaluation.run_phase(s)
+    assert starts == [str(elsewhere), "data/pocket-base"]
+    first = {p: p.read_bytes().splitlines()[:3] for p in done.folder.glob("test-*.jsonl") if "arms" not in p.name}
+    for path, lines in first.items():
+        if "samples" not in path.name: assert (s.folder / path.name).read_bytes().splitlines() == lines
+    for folder in (s.folder.parent, elsewhere): shutil.rmtree(folder)
+
+
+def test_every_process_grades_an_equal_share(random_adapter, monkeypatch):
+    "Rows are counted in the shards of eight processes; the process that started them grades none."
+    s = settings(random_adapter, f"{RUN}-eight", limit=24, n_gpu=8)
+    shutil.rmtree(s.folder.parent, ignore_errors=True)
+    counts = dict.fromkeys(range(8), 0)
+    def workers(module, settings, n_gpu):
+        "What the eight processes do, one after the other in this process, with a stand-in for the engine."
+        for rank in range(n_gpu):
+            monkeypatch.setenv("RANK", str(rank))
+            monkeypatch.setenv("WORLD_SIZE", str(n_gpu))
+            evaluation.main(settings)
+            shards = s.folder.glob(f"*.shard-{rank}")
+            counts[rank] = sum(r["correct"] in (True, False) for p in shards for r in read_records(p))
+        monkeypatch.setattr(eval_jobs, "grade", lambda *a: pytest.fail("graded in the process that starts the others"))
+    @contextmanager
+    def engine(*a, **k):
+        yield lambda requests, on_done: on_done([Completion(r.id, "Answer: 27", 3, "stop") for r in requests])
+    monkeypatch.setattr(engines, "opened", engine)
+    monkeypatch.setattr(launch, "launch", workers)
+    manifest = evaluation.run_phase(s)
+    assert sum(counts.values()) == manifest["counts"]["completions"] == 24 * 6 + 4 * (2 + 8)
+    assert max(counts.values()) / (sum(counts.values()) / 8) <= 1.2, counts
+    shutil.rmtree(s.folder.parent)
+
+
 def kill_at(s, shard):
     "Evaluate in a process of its own, and kill it when this shard has a row."
     code = ("import json, sys; from looper_math.evaluation import EvalSettings, run_phase; "
@@ -91,8 +136,10 @@ def kill_at(s, shard):
     process.wait()
 
 
-def test_killed_and_resumed_to_the_same_bytes(done, random_adapter):
-    s = settings(random_adapter, f"{RUN}-killed")
+@pytest.mark.parametrize("n_gpu", [1, 2])
+def test_killed_and_resumed_to_the_same_bytes(done, random_adapter, n_gpu):
+    "With the same number of processes and with another."
+    s = settings(random_adapter, f"{RUN}-killed", n_gpu=1)
     shutil.rmtree(s.folder.parent, ignore_errors=True)
     shard = s.folder / "test-base-five-shot.shard-0"
     kill_at(s, shard)
@@ -100,7 +147,7 @@ def test_killed_and_resumed_to_the_same_bytes(done, random_adapter):
     with shard.open("ab") as f:
         f.write(b'{"question_id": "torn')
     with pytest.warns(UserWarning, match="torn last line"):
-        evaluation.run_phase(s)
+        evaluation.run_phase(replace(s, n_gpu=n_gpu))
     assert answers(s) == answers(done)
     shutil.rmtree(s.folder.parent)
 

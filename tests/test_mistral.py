@@ -32,7 +32,7 @@ TEMPLATE = "Question:\n{question}\n{instruction}\nAnswer:\nLet's think step by s
 SAMPLING = {"_from_model_config": False, "eos_token_id": 2, "temperature": 0.9, "top_p": 0.6}  # Llama 2's, v1
 # phase → what differs from the notebook's parameters: a few rows, two updates
 TRAINER = {"num_train_epochs": 1, "per_device_train_batch_size": 4, "bf16": False}
-SAMPLED = {"max_new_tokens": 12, "engine": "transformers", "batch_size": 32, "chunk": 8}
+SAMPLED = {"max_new_tokens": 12, "engine": "transformers", "batch_size": 32}
 PHASES = {
     "01_sft": {"limit": 8, "dev_limit": 2, "max_new_tokens": 12, "trainer": TRAINER},
     "02_rollouts": {"limit": 3} | SAMPLED,

@@ -10,6 +10,7 @@ from looper_math.ranges import named_files
 from looper_math.records import ROOT
 from looper_math.regime_w import find_preset
 from looper_math.runs import about_recipe, assign, phases_of, read_recipe, recipes
+from looper_math.shards import imbalance
 
 GSM8K = {"openai/gsm8k": 7473, "openai/gsm8k:test": 1319, "madrylab/gsm8k-platinum": 1209}
 
@@ -93,7 +94,7 @@ def test_every_process_has_a_share_of_the_rollouts(recipe):
     if "02_rollouts" not in v: return
     p = v["02_rollouts"]
     questions = size(p["questions"], p["limit"])
-    assert math.ceil(questions / p["chunk"]) == p["n_gpu"]
+    assert imbalance([len(arms(p["arm_set"]))] * questions, p["n_gpu"]) <= 1.2
     stated = re.search(r"([\d,]+) questions x (\d+) (?:arms|variants)", text(recipe, "02_rollouts"))
     if stated: assert (int(stated[1].replace(",", "")), int(stated[2])) == (questions, len(arms(p["arm_set"])))
     total = re.search(r"([\d,]+) trajectories", text(recipe, "02_rollouts"))
@@ -108,6 +109,16 @@ def test_the_numbers_of_the_evaluation_are_those_of_its_comment(recipe):
     greedy = size(p["questions"], p["limit"]) * len(p["models"]) * len(p["styles"])
     stated = re.search(r"([\d,]+) completions beside the ([\d,]+) greedy", text(recipe, "05_eval"))
     if stated: assert [int(n.replace(",", "")) for n in stated.groups()] == [several, greedy]
+
+
+@pytest.mark.parametrize("recipe", [r for r in BIG if "05_eval" in values(r)])
+def test_every_process_has_a_share_of_the_evaluation(recipe):
+    "Also on a host with fewer GPUs than the recipe's."
+    p = values(recipe)["05_eval"]
+    sampling = p["sampling"]
+    several = [sampling["n"], len(arms(p["arm_set"]))] * sampling["questions"] * sampling["models"]
+    greedy = [1] * size(p["questions"], p["limit"]) * len(p["models"]) * len(p["styles"])
+    for n in range(1, 9): assert imbalance(greedy + several, n) <= 1.2
 
 
 @pytest.mark.parametrize("recipe", BIG)

@@ -11,13 +11,13 @@ import time
 import pytest
 from conftest import RUN
 
-from looper_math import preferences, rollouts, shards
+from looper_math import engines, preferences, rollouts, shards
 from looper_math.prompts import arms
 from looper_math.records import ROOT, RecordError, RunConflict, read_json, read_records, run_folder, seal
 from looper_math.runs import parameters_of
 
 DEFAULTS = {k: p.default for k, p in parameters_of(ROOT / "nbs/02_rollouts.ipynb").items()}
-SMALL = {"limit": 12, "chunk": 3, "max_new_tokens": 16, "batch_size": 16}
+SMALL = {"limit": 12, "max_new_tokens": 16, "batch_size": 16}
 
 forks = multiprocessing.get_context("forkserver")   # children of a process that has imported everything start at once
 forks.set_forkserver_preload(["looper_math.rollouts", "transformers.models.llama.modeling_llama"])
@@ -47,6 +47,7 @@ def alone(s, file_size: int):
     "Phase 2 with its messages in a log beside its folder; no file may grow beyond `file_size` bytes if that is given."
     log = os.open(log_of(s), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2): os.dup2(log, stream)
+    engines.WINDOW = 2   # batches, so that records come one after another
     if file_size: resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     rollouts.run_phase(s)
 

@@ -248,13 +248,14 @@ def test_the_chosen_epoch_is_the_one_that_the_manifest_names(two_epochs):
 def test_a_hole_in_an_evaluation_shard_is_noticed(tmp_path):
     "Bytes cut out of a completion between two runs: a whole JSON line, and another text."
     s = evaluation.EvalSettings(**small("05_eval", run=fresh("hole").name, models={"base": ""}, comparisons=[]))
-    (files, chunks, requests, make, none_yet), = evaluation.unfinished_jobs(
-        dataclasses.replace(s, limit=3, harder="", arm_set="", sampling={}), "base", evaluation.prompts_of(s),
+    tasks = evaluation.missing_answers(
+        dataclasses.replace(s, limit=3, harder="", arm_set="", sampling={}), {"base": None}, evaluation.prompts_of(s),
         {"test": load_questions(s.questions, limit=3)})
+    files = tasks[0].files
     files = dataclasses.replace(files, final=tmp_path / files.final.name, partial=tmp_path / files.partial.name)
     completion = lambda r: engines.Completion(r.id, "3 * 5 = 15\n12 + 15 = 27\nAnswer: 27", 9, "stop")
     generate = lambda requests, on_done: on_done([completion(r) for r in requests])
-    shards.append(files, generate, chunks, requests, make, none_yet)
+    shards.append(generate, [dataclasses.replace(task, files=files) for task in tasks])
     shard = tmp_path / "test-base.shard-0"
     whole = shard.read_bytes()
     shard.write_bytes(whole.replace(b"12 + 15 = 27", b"12 +  27", 1))

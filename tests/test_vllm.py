@@ -111,7 +111,7 @@ def test_bad_requests_are_refused_before_they_are_sent(plain):
 def test_an_error_of_the_child_reaches_the_caller():
     "vLLM refuses a context that is longer than the model's."
     with pytest.raises(serving.ChildFailed, match="max_model_len"):
-        with serving.served(models.source(BASE), None, "float32", 10**6, [0]): pass
+        with serving.served(models.source(BASE), [], "float32", 10**6, [0]): pass
 
 
 def test_a_folder_without_adapter_is_refused_before_the_child_starts(tmp_path, monkeypatch):
@@ -125,7 +125,7 @@ def test_phase_2_on_one_engine_and_on_two(random_adapter):
     records = []
     for n_gpu in (1, 2):
         shutil.rmtree(run_folder(RUN), ignore_errors=True)
-        small = {"adapter": random_adapter, "limit": 6, "chunk": 3, "max_new_tokens": 60, "n_gpu": n_gpu}
+        small = {"adapter": random_adapter, "limit": 6, "max_new_tokens": 60, "n_gpu": n_gpu}
         s = rollouts.RolloutSettings(**PHASE | small)
         rollouts.run_phase(s)
         records.append(read_records(s.path))
