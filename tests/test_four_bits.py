@@ -55,7 +55,7 @@ def test_gradients_are_those_of_the_same_numbers(twins):
 
 
 def test_sft_and_dpo_in_four_bits(small_run):
-    "Both phases train an adapter. DPO's reference equals SFT's adapter at the start. Both answer on the full base."
+    "Both phases train an adapter. DPO's reference equals SFT's adapter at the start. Both answer in four bits."
     folder = run_folder(f"{RUN}-four-bits")
     shutil.rmtree(folder, ignore_errors=True)
     sft.main(sft.SFTSettings(**small("01_sft", run=folder.name, load_in_4bit=True, limit=64)))
