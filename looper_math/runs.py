@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -464,6 +464,18 @@ SETTINGS = {"01_sft": ("sft", "SFTSettings"), "02_rollouts": ("rollouts", "Rollo
             "03_preferences": ("preferences", "PreferenceSettings"), "04_dpo": ("dpo", "DPOSettings"),
             "05_eval": ("evaluation", "EvalSettings"), "06_online_rl": ("online_rl", "OnlineSettings")}
 
+def _resolved(built) -> dict:
+    "The parameters of built settings, with what their words stand for: layout, data type, defaults of options."
+    from looper_math.models import pick_dtype
+    values, layout = dataclasses.asdict(built), getattr(built, "layout", None)
+    if "template" in values: values["template"] = layout("training") if callable(layout) else layout
+    if "dtype" in values: values["dtype"] = str(pick_dtype(built.dtype)).removeprefix("torch.")
+    if "sampling" in values: values["sampling"] = built.samples
+    if "trainer" in values:
+        kind = built.mixed_precision
+        values["trainer"] = built.options | built.trainer | {"bf16": kind == "bf16", "fp16": kind == "fp16"}
+    return values
+
 def build_settings(phase: str, parameters: dict) -> dict: # the parameters as the settings leave them
     "Build a phase's settings as its notebook does; raises `Refused` with the phase and the reason."
     module, name = importlib.import_module(f"looper_math.{SETTINGS[phase][0]}"), SETTINGS[phase][1]
@@ -472,7 +484,7 @@ def build_settings(phase: str, parameters: dict) -> dict: # the parameters as th
         check_processes(parameters.get("n_gpu", 0), parameters.get("accelerate_config", ""))
         if phase in GROWING: module.with_recorded_models(built) # refuses what contradicts an earlier evaluation
     except (ValueError, OSError) as e: raise Refused(f"{phase}: {' '.join(str(e).split())}") from None
-    return dataclasses.asdict(built)
+    return _resolved(built)
 
 def _build_all():
     "What `check_settings` starts: reads phases and parameters from stdin, prints the settings or the first refusal."
@@ -630,7 +642,8 @@ def _check_devices(devices: dict[str, str | None]): # phase → device
         raise Refused(f"{kinds['cpu']}.device is cpu and {kinds['cuda']}.device is cuda; give all phases the same, by "
                       f"common.device=…, or run them by two calls with --from and --to")
 
-def _check_all(root: Path, folder: Path, recipe: str, chosen: list[str], values: dict[str, dict]) -> list[str]: # notes
+def _check_all(root: Path, folder: Path, recipe: str, chosen: list[str], values: dict[str, dict]
+              ) -> tuple[list[str], dict[str, dict]]: # notes, and the settings of the phases that are to run
     "Check all parameters of the phases that are to run; raises `Refused`, `SettingsError` or `RunConflict`."
     check_folder(folder, recipe, values)
     check_files(root, folder, chosen, values)
@@ -639,14 +652,15 @@ def _check_all(root: Path, folder: Path, recipe: str, chosen: list[str], values:
     unfinished = [phase for phase in chosen if phase in known and not is_done(folder, phase, values[phase])]
     built = check_settings(folder.name, unfinished, values)
     check_files(root, folder, chosen, values | built) # the settings name this run's files where a parameter was empty
-    return check_across(chosen, values)
+    return check_across(chosen, values), built
 
 def run_recipe(recipe: str, # a folder of `nbs/recipes`
                run: str = "", # name of the folder under `outputs`; the recipe's if empty
                first: str = "", last: str = "", # the phases to begin and to end with
                flags: tuple = (), # parameters, each as `04_dpo.min_pairs=20`
                root: Path = ROOT, # the project's root
-               after: str = "" # the run that is continued, where the recipe's `about.yaml` has an entry `continues`
+               after: str = "", # the run that is continued, where the recipe's `about.yaml` has an entry `continues`
+               before: Callable[[dict], None] | None = None # called with the settings of the phases that are to run
               ) -> dict | None: # the summary, once the evaluation is done
     "Run the phases of a recipe in order. All that can be refused is refused before a file is written."
     start, phases = time.time(), phases_of(root, recipe)
@@ -656,7 +670,9 @@ def run_recipe(recipe: str, # a folder of `nbs/recipes`
     earlier, continued_run = continued(root, recipe, after)
     values = _redirected(values, f"outputs/{earlier}/", f"outputs/{continued_run}/") if earlier else values
     check_continued(root, earlier, continued_run, {phase: values[phase] for phase in chosen})
-    for note in _check_all(root, folder, recipe, chosen, values): print(note)
+    notes, built = _check_all(root, folder, recipe, chosen, values)
+    for note in notes: print(note)
+    if before and built: before(built)
     with _locked(folder):
         state = _state(folder) | {"recipe": recipe, "parameters": values}
         for phase in list(phases)[:list(phases).index(chosen[0])]: verify_outputs(folder/phase)
@@ -668,6 +684,7 @@ def run_recipe(recipe: str, # a folder of `nbs/recipes`
             _run_phase(root, folder, phase, changed, state, label)
         return _close(folder, time.time() - start)
 
+# %% ../nbs/lib/35_runs.ipynb #e442d002
 def _close(folder: Path, seconds: float) -> dict | None:
     "Write the summary and the report, and print the table of models, once the evaluation is done."
     from looper_math import report  # a slow import, and a refusal does not need it

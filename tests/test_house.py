@@ -26,7 +26,7 @@ FLOORS = [
     {"eval_jobs", "heldout", "pairs", "trajectories"},
     {"ask", "importing", "tables", "verdicts"},
     {"runs", "training", "ppo"},
-    {"demonstrations", "doctor", "dpo_trainer", "sampler"},
+    {"demonstrations", "doctor", "dpo_trainer", "plan", "sampler"},
     {"cli"},
     {"sft", "rollouts", "preferences", "dpo", "evaluation", "online_rl"},
 ]
@@ -62,7 +62,7 @@ def test_imports_run_one_way(module):
     assert not wrong, f"{module} imports {wrong}, which stand beside or above it"
 
 
-LIGHT = ("answers", "cli", "launch", "ledger", "prompts", "ranges", "regime_w", "runs")
+LIGHT = ("answers", "cli", "launch", "ledger", "plan", "prompts", "ranges", "regime_w", "runs")
 
 
 @pytest.mark.parametrize("module", [m for m in LIGHT if m in MODULES])
