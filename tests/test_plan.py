@@ -21,7 +21,7 @@ def settings_built_here(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
-def planned(recipe, *flags, **options): return plan.plan_recipe(recipe, RUN, flags, **options)
+def planned(recipe, *flags, **options): return plan.plan_recipe(recipe, RUN + "-none", flags, **options)
 
 
 # --- models
