@@ -1,17 +1,21 @@
 "vLLM on the CPU: the same text as transformers and peft, and samples that depend on their request alone."
+import dataclasses
 import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed here; see `make vllm-cpu` and `make test-vllm`")
+
+from vllm.engine.arg_utils import EngineArgs
 
 from looper_math import engines, models, rollouts, serving
 from looper_math.data import load_questions
 from looper_math.engines import Request
-from looper_math.records import ROOT, read_records, run_folder
+from looper_math.records import ROOT, SettingsError, read_records, run_folder
 from looper_math.runs import parameters_of
 from looper_math.trajectories import requests_for
 
@@ -64,6 +68,29 @@ def test_unmerged_adapter_gives_the_text_of_peft(adapted, plain, random_adapter,
     assert adapted(requests) == expected
     changed = sum(a != b for a, b in zip(expected, plain(requests)))
     assert changed > 32, "an adapter that changes nothing would prove nothing"
+
+
+def test_every_option_of_a_gpu_is_known_to_vllm(random_adapter, other_adapter, monkeypatch):
+    "What would be passed where CUDA is, with bfloat16 weights and several adapters."
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    serving_options = PHASE["serving"] | {
+        "max_num_seqs": 512, "max_num_batched_tokens": 8192, "enforce_eager": True, "kv_cache_dtype": "auto",
+        "cpu_offload_gb": 0.0, "enable_chunked_prefill": True}
+    serving.check_serving(serving_options)
+    options = serving.engine_options({"adapters": [random_adapter, other_adapter], "dtype": "bfloat16",
+                                      "max_length": 2560, "options": serving_options})
+    arguments = EngineArgs(model=models.source(BASE), **options)
+    assert (arguments.dtype, arguments.max_loras, arguments.max_lora_rank) == ("bfloat16", 2, 8)
+    assert arguments.enable_lora and arguments.enable_prefix_caching and arguments.gpu_memory_utilization == .92
+    assert "start_minutes" not in options and options.keys() >= serving_options.keys() - {"start_minutes"}
+
+
+def test_names_of_options_are_those_of_vllm():
+    names = {f.name for f in dataclasses.fields(EngineArgs)}
+    assert serving.engine_arguments() == names
+    assert names >= (serving.SERVING.keys() | serving._FIXED.keys()) - {"start_minutes"}
+    serving.check_serving({"block_size": 16})
+    with pytest.raises(SettingsError, match="did you mean 'block_size'"): serving.check_serving({"blok_size": 16})
 
 
 def test_a_sample_depends_on_its_request_alone(adapted, mixed):
