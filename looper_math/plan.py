@@ -39,7 +39,7 @@ from . import data, prompts, regime_w, runs
 from .ranges import hub_name
 from .records import ROOT, located, read_json, read_records, resolve
 from .runs import Refused
-from .shards import imbalance
+from .shards import WINDOW, imbalance
 
 # %% ../nbs/lib/36_plan.ipynb #3b1f6a08
 class Architecture(NamedTuple):
@@ -645,17 +645,16 @@ def estimate_rollouts(job: PhaseJob) -> PhasePlan:
     lengths = [prompt_tokens(job.base, job.v["questions"], job.v["limit"], job.v["template"], arm.instruction)
                for arm in {arm.instruction: arm for arm in arms}.values()]
     new = job.new_tokens(trained=job.v["adapter"] != "none")
-    chunk = min(n, job.v["chunk"]) * len(arms) if not uses_vllm(job) else n * len(arms)
     g = Generation(n * len(arms), statistics.mean(map(statistics.mean, lengths)), new, max(map(max, lengths)))
     unequal = imbalance([len(arms)] * n, job.processes)
-    return _generate(job, _share(g, job.processes, unequal), chunk, requests=g.requests, imbalance=unequal,
+    return _generate(job, _share(g, job.processes, unequal), requests=g.requests, imbalance=unequal,
                      tokens=round(g.requests * new), gb_disk=_rows_gb(g.requests, new) + _base_disk(job))
 
-def _generate(job: PhaseJob, mine: Generation, chunk: int, **counts) -> PhasePlan:
+def _generate(job: PhaseJob, mine: Generation, **counts) -> PhasePlan:
     "A phase whose processes generate completions, of which `mine` is the busiest one's share."
     times = generation_seconds(job, mine) | {"grading": GRADING * mine.requests * mine.models}
     if uses_vllm(job): work = VLLM_SHARE * job.hardware.gb
-    else: work = generation_gb(job, mine._replace(requests=min(mine.requests, chunk)))
+    else: work = generation_gb(job, mine._replace(requests=min(mine.requests, WINDOW * job.v["batch_size"])))
     return _made(job, work, times, **counts)
 
 # %% ../nbs/lib/36_plan.ipynb #3b1f6a42
@@ -737,8 +736,7 @@ def estimate_eval(job: PhaseJob) -> PhasePlan:
     unequal = imbalance(_loads(job), job.processes)
     g = Generation(round(total / len(job.v["models"])), statistics.mean(lengths) + shots / len(job.v["styles"]), new,
                    max(lengths) + shots, len(job.v["models"]))
-    chunk = min(job.v["chunk"], max(*greedy.values(), samples))
-    return _generate(job, _share(g, job.processes, unequal), chunk, requests=total, imbalance=unequal,
+    return _generate(job, _share(g, job.processes, unequal), requests=total, imbalance=unequal,
                      tokens=round(total * new), gb_disk=_rows_gb(total, new) + _base_disk(job))
 
 def estimate_online(job: PhaseJob) -> PhasePlan:
