@@ -270,6 +270,13 @@ def efficiency(hidden: int) -> float: # share of the peak, at most .5
     (h = 896) takes about a minute there, which is .4. On GPUs it is assumed."""
     return .5 * hidden / (hidden + 400)
 
+def _decoding_efficiency(a: Architecture) -> float:
+    """Share of its peak that a CPU's core reaches in generation: h² / (h² + 190,000).
+
+    Fitted to rollouts of the pocket (h = 128) and of Qwen2.5-Coder-0.5B (h = 896: 230 tokens a second of completions,
+    on two cores, with 119 tokens of prompt for 283 of completion)."""
+    return a.hidden_size**2 / (a.hidden_size**2 + 190_000)
+
 # %% ../nbs/lib/36_plan.ipynb #3b1f6a20
 GB = 1e9
 _HALF = ("bfloat16", "float16")
@@ -524,13 +531,6 @@ def generation_seconds(job: PhaseJob, g: Generation) -> dict[str, float]: # what
     return times | {"memory bandwidth": steps * step, "engine start": (VLLM_START if vllm else 10) * g.models}
 
 _STARTS = 3 # seconds until a small model answers on a CPU
-
-def _decoding_efficiency(a: Architecture) -> float:
-    """Share of its peak that a CPU's core reaches in generation: h² / (h² + 190,000).
-
-    Fitted to rollouts of the pocket (h = 128) and of Qwen2.5-Coder-0.5B (h = 896: 230 tokens a second of completions,
-    on two cores, with 119 tokens of prompt for 283 of completion)."""
-    return a.hidden_size**2 / (a.hidden_size**2 + 190_000)
 
 # %% ../nbs/lib/36_plan.ipynb #3b1f6a27
 def _typical_row(job: PhaseJob, arm: bool = True) -> Row:
