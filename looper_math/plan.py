@@ -739,7 +739,9 @@ def _loads(job: PhaseJob) -> list[int]: # completions of each question
     return [len(job.v["styles"]) * len(job.v["models"]) + (each * models if k < sampled else 0) for k in range(n)]
 
 def estimate_eval(job: PhaseJob) -> PhasePlan:
-    "Phase 5: every model answers every question in every style, and the last models answer some of them often."
+    """Phase 5: every model answers every question in every style, and the last models answer some of them often.
+
+    vLLM starts once and serves all adapters of a base together; transformers loads one model after another."""
     greedy, samples, models = _evaluated(job)
     total = sum(greedy.values()) * len(job.v["models"]) + samples * models
     lengths = prompt_tokens(job.base, job.v["questions"], job.v["limit"], job.v["template"])
@@ -748,8 +750,9 @@ def estimate_eval(job: PhaseJob) -> PhasePlan:
     of_models = [job.new_tokens(trained=name != "base") for name in job.v["models"]]
     new = statistics.mean(of_models)
     unequal = imbalance(_loads(job), job.processes)
-    g = Generation(round(total / len(job.v["models"])), statistics.mean(lengths) + shots / len(job.v["styles"]), new,
-                   max(lengths) + shots, len(job.v["models"]))
+    loaded = 1 if uses_vllm(job) else len(job.v["models"])
+    g = Generation(round(total / loaded), statistics.mean(lengths) + shots / len(job.v["styles"]), new,
+                   max(lengths) + shots, loaded)
     return _generate(job, _share(g, job.processes, unequal), requests=total, imbalance=unequal,
                      tokens=round(total * new), gb_disk=_rows_gb(total, new) + _base_disk(job))
 
