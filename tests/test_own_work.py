@@ -27,13 +27,13 @@ def epochs(phase): return SMALL[phase]["trainer"]["num_train_epochs"]
 EVALUATED = {"base": "", "sft": "01_sft/adapter", "dpo": "04_dpo/adapter"}
 CHANGES = {"05_eval": {"models": EVALUATED, "harder": "", "sampling": {"n": 0}, "arm_set": ""}}
 # One base for each training; one for the answers of the start, of each epoch and of the control; one that measures
-# the distances of all of them. Phase 5 loads one for each model.
+# the distances of all of them. Phase 5 loads one for all adapters.
 LOADED = {
     "01_sft": 1 + (1 + epochs("01_sft")) + 1,
     "02_rollouts": 1,
     "03_preferences": 0,
     "04_dpo": 2 + (1 + epochs("04_dpo") + 1) + 1,
-    "05_eval": len(EVALUATED),
+    "05_eval": 1,
 }
 
 

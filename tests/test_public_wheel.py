@@ -14,7 +14,8 @@ from looper_math.records import ROOT
 from looper_math.runs import parameters_of
 
 BASE = str(ROOT / "data/pocket-base")
-PRIVATE = ("regime_w", "rollouts", "importing", "pairs", "preferences", "sampler", "online_rl", "criteria", "_modidx")
+PRIVATE = ("regime_w", "rollouts", "importing", "pairs", "preferences", "sampler", "online_rl", "criteria", "plan",
+           "_modidx")
 
 PLAIN_USE = f"""
 import json, sys

@@ -271,8 +271,8 @@ TRAJECTORY = { # changes to a trajectory → the message
     "endless reward": ({"reward": 10**400}, "reward' "),
 }
 RECORD = { # changes to a record → the message
-    "question null": ({"question": None}, "'question' must be str, got None"),
-    "question a number": ({"question": 12}, "'question' must be str, got 12"),
+    "question null": ({"question": None}, "'question' must be text, got None"),
+    "question a number": ({"question": 12}, "'question' must be text, got 12"),
     "question with half a pair": ({"question": "Mia \ud800?"}, "'question' holds half of a surrogate pair"),
     "no list": ({"trajectories": {"0": {}}}, "'trajectories' must be list"),
     "gold true": ({"gold_answer": True}, "'gold_answer' must be text or a number, got True"),
