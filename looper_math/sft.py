@@ -69,7 +69,7 @@ class SFTSettings(TrainingSettings):
 def open_phase(s: SFTSettings) -> Phase:
     "Phase 1 of the run; raises `RunConflict` for a folder that another configuration made."
     inputs = existing(base=s.base, train=s.train, rollouts=s.rollouts, dev=s.dev)
-    return Phase("01_sft", s, inputs, ranges.WITHOUT_EFFECT)
+    return Phase("01_sft", s, inputs, (*ranges.WITHOUT_EFFECT, "rollouts"))
 
 def train_sft(s: SFTSettings, rows: Dataset, phase: Phase
              ) -> tuple[pd.DataFrame | None, pd.DataFrame]: # the log (None except on the first process), token counts

@@ -30,15 +30,21 @@ def question_file(path, questions):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    "The finished run."
-    shutil.rmtree(ROOT / "outputs" / RUN, ignore_errors=True)
+def command(tmp_path_factory):
+    "The words after `looper`."
     files = tmp_path_factory.mktemp("real")
     practice, test = (question_file(files / f"{n}.jsonl", q) for n, q in (("practice", PRACTICE), ("test", TEST)))
     flags = ["common.base=data/models/smollm2", f"02.questions={practice}", "02.limit=0",
              "02.max_new_tokens=100", "03.policy=best-worst", "04.min_pairs=1", f"05.questions={test}", "05.limit=0",
              "05.max_new_tokens=100", "05.train=data/pocket/train.jsonl", f"05.practice={practice}"]
-    cli.looper(["run", "smollm2", "--run", RUN, *(word for flag in flags for word in ("-p", flag))])
+    return ["run", "smollm2", "--run", RUN, *(word for flag in flags for word in ("-p", flag))]
+
+
+@pytest.fixture(scope="module")
+def folder(command):
+    "The finished run."
+    shutil.rmtree(ROOT / "outputs" / RUN, ignore_errors=True)
+    cli.looper(command)
     yield ROOT / "outputs" / RUN
     shutil.rmtree(ROOT / "outputs" / RUN)
 
@@ -63,3 +69,8 @@ def test_sft_learns_from_the_models_own_solutions(folder):
     (first, *_) = json.loads((folder / "01_sft/examples.json").read_text())
     masked, trained = first.rsplit("]\n", 1)
     assert masked.startswith("[<|im_start|>") and trained.rstrip().endswith("<|im_end|>")
+
+
+def test_the_same_command_again_finds_everything_done(folder, command, capfd):
+    cli.looper(command)
+    assert capfd.readouterr().out.count("done before") == 5

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import small
 
-from looper_math import cli, launch, records, runs
+from looper_math import cli, launch, records, runs, sft
 from looper_math.records import ROOT, SettingsError, settings
 
 INF, NAN = math.inf, math.nan
@@ -467,3 +467,19 @@ def test_presets_that_differ_are_announced():
 def test_own_solutions_are_taken_from_this_run_unless_a_file_is_named(targets, rollouts):
     assert built("01_sft", targets=targets).rollouts == rollouts
     assert built("01_sft", targets="self", rollouts="a.jsonl").rollouts == "a.jsonl"
+
+
+def test_a_run_that_takes_its_own_solutions_is_done_when_it_is_started_again():
+    "What is recorded is the parameter, not the path that the settings put in its place; the file's hash is an input."
+    parameters = {name: p.default for name, p in runs.phases_of(ROOT, "pocket")["01_sft"].items()}
+    parameters |= {"run": RUN, "targets": "self"}
+    folder = ROOT / "outputs" / RUN
+    (folder / "02_rollouts").mkdir(parents=True)
+    try:
+        (folder / "02_rollouts/rollouts.jsonl").write_text("{}\n")
+        phase = sft.open_phase(settings(sft.SFTSettings, parameters))
+        assert "rollouts" not in phase.config["parameters"] and "rollouts" in phase.config["inputs"]
+        records.write_json(folder / "01_sft/started.json", phase.config)
+        runs.check_folder(folder, "pocket", {"01_sft": {k: v for k, v in parameters.items() if k != "run"}})
+    finally:
+        shutil.rmtree(folder)
