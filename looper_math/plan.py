@@ -548,7 +548,8 @@ def _arms(job: PhaseJob) -> int:
     return len(prompts.arms(job.run.get("02_rollouts", job.v).get("arm_set") or "platinum-11"))
 
 def _sampled_questions(job: PhaseJob) -> int:
-    "Questions of the run's rollouts, of half of GSM8K where they are another run's."
+    "Questions of the rollouts: counted once they are there, else the run's own, else half of GSM8K for another run's."
+    if job.v.get("rollouts") and job.file("rollouts").exists(): return len(read_records(job.file("rollouts")))
     sampled = job.run.get("02_rollouts")
     return count_questions(sampled["questions"], sampled["limit"]) if sampled else 3500
 

@@ -259,6 +259,18 @@ def everything(folder):
     return {path: path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}
 
 
+def test_questions_are_counted_where_phase_2_is_done():
+    "A resumed run plans the phases that are left, and the rollouts' settings are not among them."
+    phases = runs.phases_of(ROOT, "smoke")
+    values = runs.assign([runs.read_flag("03.rollouts=data/fixtures/rollouts.jsonl", phases)], phases)
+    built = runs.check_settings(RUN, ["03_preferences", "04_dpo"], values)
+    made = plan.make_plan(built, plan.HARDWARE["cpu"])
+    questions = len((ROOT / "data/fixtures/rollouts.jsonl").read_text().splitlines())
+    assert questions == 120 and made.phases["03_preferences"].minutes < 1
+    job = plan.PhaseJob("03_preferences", built, plan.HARDWARE["cpu"])
+    assert plan._sampled_questions(job) == questions
+
+
 def test_a_dry_run_shows_what_the_model_reads_and_writes_nothing(capsys):
     before = everything(ROOT / "outputs")
     cli.looper(["run", "smoke", "--run", RUN + "-dry", "--dry-run", "-p", "01_sft.limit=5"])
