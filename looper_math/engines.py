@@ -125,7 +125,7 @@ def choose_engine(engine: str) -> str: # transformers or vllm
     return chosen
 
 # %% ../nbs/lib/13_engines.ipynb #d780bee1
-class _Merged:
+class _MergedModel:
     "A base with one adapter at a time merged into its weights."
     def __init__(self, base: str, adapters: list[str | None], dtype: str, load_in_4bit: bool):
         several = len(adapters) > 1
@@ -147,7 +147,7 @@ class _Merged:
         self.adapter = adapter
 
 @contextmanager
-def _transformers(merged: _Merged, batch_size: int, tokenizer) -> Iterator[Callable]:
+def _transformers(merged: _MergedModel, batch_size: int, tokenizer) -> Iterator[Callable]:
     "transformers in this process, with one adapter after another."
     def generate(requests, on_done=None):
         done = {}
@@ -194,6 +194,6 @@ def opened(engine: str,         # auto, transformers or vllm
     "An engine with its model loaded, as a function from requests to completions."
     tokenizer, every = models.load_tokenizer(base), list(dict.fromkeys([adapter, *adapters]))
     if choose_engine(engine) == "vllm": start = _vllm(base, every, dtype, max_length, tokenizer, options, folder)
-    else: start = _transformers(_Merged(base, every, dtype, load_in_4bit), batch_size, tokenizer)
+    else: start = _transformers(_MergedModel(base, every, dtype, load_in_4bit), batch_size, tokenizer)
     with start as generate:
         yield lambda requests, on_done=None: generate([_addressed(r, every) for r in requests], on_done)

@@ -590,7 +590,7 @@ def pair_rows(job: PhaseJob) -> tuple[list[Row], list[Row]]: # chosen and reject
 
 # %% ../nbs/lib/36_plan.ipynb #3b1f6a28
 START = 12 # seconds until a phase's notebook has imported everything
-GRADING, SCORING = 4.3e-3, 5e-4 # seconds of a completion (an audit of the H100 recipes), and of a trajectory
+GRADING, SCORING = 6e-4, 5e-4 # seconds of a completion and of a trajectory, measured on the pocket on one core
 DISK_ROW = 3000, 12 # bytes of a stored completion with its prompt and signals, and of each of its tokens
 
 def _base_disk(job: PhaseJob) -> float: # GB
@@ -609,7 +609,7 @@ def _host_gb(job: PhaseJob, work: float) -> float:
     if not job.hardware.gpu: return job.processes * (work + LIBRARIES)
     return job.processes * 3 + job.sizes.weights * 2 / GB
 
-def _made(job: PhaseJob, work: float, times: dict[str, float], **counts) -> PhasePlan:
+def _plan(job: PhaseJob, work: float, times: dict[str, float], **counts) -> PhasePlan:
     "A phase's plan of its memory in GB, its seconds by kind, and its counts."
     times = {"start of Python": START} | times
     values = {"updates": 0, "tokens": 0, "requests": 0, "imbalance": 1.} | counts
@@ -647,14 +647,14 @@ def estimate_sft(job: PhaseJob) -> PhasePlan:
     heldout = _heldout(job, 1 + job.epochs)
     work, times = _train(job, [Training(_batches(lengths, job.batch), job.epochs)], heldout)
     updates = job.epochs * count_updates(len(lengths), job)
-    return _made(job, work, times, updates=updates, tokens=sum(lengths), requests=heldout.requests * heldout.models,
+    return _plan(job, work, times, updates=updates, tokens=sum(lengths), requests=heldout.requests * heldout.models,
                  imbalance=_unequal(len(lengths), job), gb_disk=_adapter_disk(job, updates) + _base_disk(job))
 
 def _rows_gb(requests: int, tokens: float) -> float: return requests * (DISK_ROW[0] + DISK_ROW[1] * tokens) / GB
 
 def estimate_rollouts(job: PhaseJob) -> PhasePlan:
     "Phase 2: every arm answers every question once."
-    if job.v.get("import_from"): return _made(job, 0., {}, gb_disk=0.)
+    if job.v.get("import_from"): return _plan(job, 0., {}, gb_disk=0.)
     arms = prompts.arms(job.v["arm_set"])
     n = count_questions(job.v["questions"], job.v["limit"])
     lengths = [prompt_tokens(job.base, job.v["questions"], job.v["limit"], job.v["template"], arm.instruction)
@@ -670,14 +670,14 @@ def _generate(job: PhaseJob, mine: Generation, **counts) -> PhasePlan:
     times = generation_seconds(job, mine) | {"grading": GRADING * mine.requests * mine.models}
     if uses_vllm(job): work = VLLM_SHARE * job.hardware.gb
     else: work = generation_gb(job, mine._replace(requests=min(mine.requests, WINDOW * job.v["batch_size"])))
-    return _made(job, work, times, **counts)
+    return _plan(job, work, times, **counts)
 
 # %% ../nbs/lib/36_plan.ipynb #3b1f6a42
 def estimate_preferences(job: PhaseJob) -> PhasePlan:
     "Phase 3: pairs of the rollouts, on the CPU."
     n = _sampled_questions(job) * _arms(job)
     pairs = expected_pairs(job)
-    return _made(job, n * 1e-5, {"scoring": n * SCORING}, gb_disk=_rows_gb(2 * pairs, job.solutions.tokens)
+    return _plan(job, n * 1e-5, {"scoring": n * SCORING}, gb_disk=_rows_gb(2 * pairs, job.solutions.tokens)
                 )._replace(gb_per_gpu=0.)
 
 def _control_batch(job: PhaseJob) -> tuple[int, int]: # rows on a device at a time, batches of an update
@@ -717,12 +717,12 @@ def estimate_dpo(job: PhaseJob) -> PhasePlan:
     stages = 1 + job.epochs + (job.epochs if job.v["keep"] == "best" else 1) * bool(job.v["control_cap"])
     heldout = _heldout(job, stages)
     work, times = _train(job, trainings, heldout)
-    return _made(job, work, times, updates=updates, tokens=sum(row.total for row in chosen + rejected),
+    return _plan(job, work, times, updates=updates, tokens=sum(row.total for row in chosen + rejected),
                  requests=heldout.requests * stages, imbalance=_unequal(len(chosen), job),
                  gb_disk=len(trainings) * _adapter_disk(job, updates))
 
 # %% ../nbs/lib/36_plan.ipynb #3b1f6a30
-def _evaluated(job: PhaseJob) -> tuple[dict[str, int], int, int]: # greedy answers of each set, samples, models sampled
+def _eval_sizes(job: PhaseJob) -> tuple[dict[str, int], int, int]: # greedy answers of each set, samples, models sampled
     "Completions of an evaluation: of one model in each set, and samples and arms of each sampled model."
     v = job.v
     sets = {"test": v["questions"]} | ({"hard": v["harder"]} if v["harder"] else {})
@@ -733,7 +733,7 @@ def _evaluated(job: PhaseJob) -> tuple[dict[str, int], int, int]: # greedy answe
     return greedy, sampled * each, min(v["sampling"]["models"], len(v["models"]))
 
 def _loads(job: PhaseJob) -> list[int]: # completions of each question
-    greedy, samples, models = _evaluated(job)
+    greedy, samples, models = _eval_sizes(job)
     n = count_questions(job.v["questions"], job.v["limit"])
     sampled = min(job.v["sampling"]["questions"] or n, n)
     each = samples // max(1, sampled)
@@ -743,7 +743,7 @@ def estimate_eval(job: PhaseJob) -> PhasePlan:
     """Phase 5: every model answers every question in every style, and the last models answer some of them often.
 
     vLLM starts once and serves all adapters of a base together; transformers loads one model after another."""
-    greedy, samples, models = _evaluated(job)
+    greedy, samples, models = _eval_sizes(job)
     total = sum(greedy.values()) * len(job.v["models"]) + samples * models
     lengths = prompt_tokens(job.base, job.v["questions"], job.v["limit"], job.v["template"])
     if job.v["harder"]: lengths = lengths + prompt_tokens(job.base, job.v["harder"], job.v["limit"], job.v["template"])
@@ -774,7 +774,7 @@ def estimate_online(job: PhaseJob) -> PhasePlan:
     sampling = generation_seconds(job, mine)
     work += 0 if job.four_bits else job.sizes.weights * job.precision.weights / GB # the merged copy that samples
     times = times | {"sampling": sum(sampling.values()), "scoring": n * (GRADING + SCORING) / job.processes}
-    return _made(job, work, times, updates=updates, tokens=round(n * job.new_tokens()),
+    return _plan(job, work, times, updates=updates, tokens=round(n * job.new_tokens()),
                  requests=n + heldout.requests * heldout.models,
                  gb_disk=_adapter_disk(job, updates) + _base_disk(job))
 
