@@ -376,12 +376,12 @@ def check_revision(name: str, folder: Path, # of the fetched base
                    f"in nbs/recipes/{recipe}/common.yaml write base: {repository}@{commit}", "warning")
 
 def _fetch(name: str) -> str:
-    folder = models.fetched(name)
+    folder = models.fetch_base(name)
     return f"in {folder}"
 
 def _convert(name: str) -> str:
     "Convert a pickled base; raises `OSError` where there is no room for it."
-    folder = models.fetched(name)
+    folder = models.fetch_base(name)
     pickles = 0 if any(folder.glob("*.safetensors")) else sum(p.stat().st_size for p in folder.glob("*.bin"))
     free, converted = shutil.disk_usage(ROOT).free, any(models.CONVERTED.glob(f"{folder.name}-*/config.json"))
     if pickles > free and not converted:
@@ -403,7 +403,7 @@ def base_findings(name: str, recipe: str) -> list[Finding]:
     findings.append(attempt(f"base {name}", lambda: _fetch(name), "the model's files",
                           "see the hub; or copy the folder into the project and give its path as base"))
     if findings[-1].status != "ok": return findings
-    if not local: findings.append(check_revision(name, models.fetched(name), recipe))
+    if not local: findings.append(check_revision(name, models.fetch_base(name), recipe))
     mend = "make room, or download the model again"
     return [*findings, attempt("weights", lambda: _convert(name), "whole files of safetensors", mend)]
 

@@ -464,7 +464,7 @@ def test_an_unknown_recipe_or_parameter_is_refused(capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 def test_the_command_on_abel_without_a_gpu(capsys, monkeypatch):
     "Each row that cannot be checked says so; none passes for want of a GPU or of the base."
-    monkeypatch.setattr(models, "fetched", lambda name: (_ for _ in ()).throw(OSError("not in the cache")))
+    monkeypatch.setattr(models, "fetch_base", lambda name: (_ for _ in ()).throw(OSError("not in the cache")))
     with pytest.raises(SystemExit) as stop:
         cli.looper(["doctor", "abel-8xh100"])
     lines = capsys.readouterr().out.splitlines()
