@@ -215,9 +215,9 @@ def print_turn(turn, rows, before):
 
 
 def on_transformers(args, s, questions):
-    model, ours = (models.load_merged(s.base, s.adapter_folder, s.dtype) for _ in range(2))
+    model = models.load_merged(s.base, s.adapter_folder, s.dtype)
+    ours = engines._MergedModel(s.base, [s.adapter_folder], s.dtype, load_in_4bit=False).model
     tokenizer = models.load_tokenizer(s.base)
-    if ours.device.type == "cpu": decoding.use_grouped_attention(ours)   # as the engine does
     ends = engines.end_tokens(model.generation_config, tokenizer)
     single = -(-min(args.single, len(questions)) // args.rounds)   # in each turn
     rows = {name: Meter() for name in ("phase 2", "decode loop", "generate, same", "generate, 11", "one by one")}

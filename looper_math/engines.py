@@ -131,19 +131,23 @@ class _MergedModel:
         several = len(adapters) > 1
         if several and load_in_4bit:
             raise ValueError("weights in four bits cannot be put back: open an engine for each adapter")
-        self.adapter, self.weights = None if several else adapters[0], None
+        self.adapter = None if several else adapters[0]
         self.model = models.load_merged(base, self.adapter, dtype, load_in_4bit)
         for adapter in filter(None, adapters if several else ()): models.check_adapter(self.model, adapter)
-        on_cpu = self.model.device.type == "cpu" and self.model.config._attn_implementation == "sdpa"
-        if on_cpu: decoding.use_grouped_attention(self.model)
+        # of the base: it is what is loaded where there are several
+        self.weights = {n: w.to("cpu", copy=True) for n, w in self.model.state_dict().items()} if several else None
+        on_cpu = self.model.device.type == "cpu"
+        if on_cpu and self.model.config._attn_implementation == "sdpa": decoding.use_grouped_attention(self.model)
+        self.packs = on_cpu and self.model.dtype == torch.bfloat16 and models.computes_bfloat16()
+        if self.packs: decoding.pack_weights(self.model)
 
     def use(self, adapter: str | None):
         "Merge an adapter, or none, in the place of the one before."
         if adapter == self.adapter: return
-        if not self.weights: # of the base: it is what is loaded where there are several
-            self.weights = {name: w.to("cpu", copy=True) for name, w in self.model.state_dict().items()}
-        if self.adapter: self.model.load_state_dict(self.weights)
+        if self.packs: decoding.unpack_weights(self.model)
+        if self.packs or self.adapter: self.model.load_state_dict(self.weights)
         if adapter: self.model = models.load_adapter(self.model, adapter).merge_and_unload().eval()
+        if self.packs: decoding.pack_weights(self.model)
         self.adapter = adapter
 
 @contextmanager
