@@ -625,7 +625,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'looper_math.models.computes_bfloat16': ('lib/models.html#computes_bfloat16', 'looper_math/models.py'),
                                     'looper_math.models.device': ('lib/models.html#device', 'looper_math/models.py'),
                                     'looper_math.models.fetch_base': ('lib/models.html#fetch_base', 'looper_math/models.py'),
-                                    'looper_math.models.keep_freed_memory': ('lib/models.html#keep_freed_memory', 'looper_math/models.py'),
                                     'looper_math.models.load_adapter': ('lib/models.html#load_adapter', 'looper_math/models.py'),
                                     'looper_math.models.load_base': ('lib/models.html#load_base', 'looper_math/models.py'),
                                     'looper_math.models.load_config': ('lib/models.html#load_config', 'looper_math/models.py'),
