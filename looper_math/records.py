@@ -370,6 +370,21 @@ EXPLORED = {"02_rollouts": ("rescore", ("preset",)),
             "03_preferences": ("repair", ("preset", "policy", "coherence", "threshold", "cap", "prompt", "pairing",
                                           "pair_types", "template", "seed"))}
 
+def _exploring_lines(phase: Path, changed: list[str], parameters: dict) -> list[str]:
+    "Lines that explore a finished phase; under the changed parameters where no model must generate for that."
+    method, names = EXPLORED.get(phase.name, ("", ()))
+    values = ", ".join(f"{name}={parameters[name]!r}" for name in changed)
+    call = f".{method}({values})" if changed and set(changed) <= set(names) else ""
+    return ["To explore the finished run in a notebook, without writing anything:",
+            "    from looper_math import explore", f"    explore.load({phase.parent.name!r}){call}"]
+
+def _new_run_lines(run: str, parameters: dict) -> list[str]:
+    "Parameters of a new run that reads what this run has made."
+    new = next(name for k in itertools.count(2) if not run_folder(name := f"{run}-{k}").exists())
+    paths = {name: _located_values(run, value) for name, value in parameters.items()}
+    return ["To keep the result as well, set in the parameters cell:", f"    run = {new!r}",
+            *(f"    {name} = {path!r}" for name, path in paths.items() if f"'outputs/{run}/" in repr(path))]
+
 # %% ../nbs/lib/00_records.ipynb #2aa8ffa8
 def _phase_of(path: Path) -> Path | None:
     "The folder of the phase that a file or folder lies in."
@@ -445,24 +460,9 @@ class Phase:
         changes = "; ".join(filter(None, changed))
         raise RunConflict("\n".join([
             f"{self.folder} was made with another configuration ({changes}). It stays as it is.",
-            *(self._exploring_lines(names) if self.manifest else []), *self._new_run_lines(),
+            *(_exploring_lines(self.folder, names, self.parameters) if self.manifest else []),
+            *_new_run_lines(self.folder.parent.name, self.parameters),
             f"Or delete {os.path.relpath(self.folder, ROOT)} to make the phase again."]), self.folder)
-
-    def _exploring_lines(self, changed: list[str]) -> list[str]:
-        "Lines that explore the finished phase; under the changed parameters where nothing must be generated for that."
-        method, names = EXPLORED.get(self.name, ("", ()))
-        values = ", ".join(f"{name}={self.parameters[name]!r}" for name in changed)
-        call = f".{method}({values})" if changed and set(changed) <= set(names) else ""
-        return ["To explore the finished run in a notebook, without writing anything:",
-                "    from looper_math import explore", f"    explore.load({self.folder.parent.name!r}){call}"]
-
-    def _new_run_lines(self) -> list[str]:
-        "Parameters of a new run that reads what this run has made."
-        run = self.folder.parent.name
-        new = next(name for k in itertools.count(2) if not run_folder(name := f"{run}-{k}").exists())
-        paths = {name: _located_values(run, value) for name, value in self.parameters.items()}
-        return ["To keep the result as well, set in the parameters cell:", f"    run = {new!r}",
-                *(f"    {name} = {path!r}" for name, path in paths.items() if f"'outputs/{run}/" in repr(path))]
 
     @property
     def manifest(self) -> dict | None: # None until the phase is done

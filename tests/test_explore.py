@@ -24,8 +24,8 @@ CHANGED = {"policy": "hard", "threshold": 0.05}
 def project(tmp_path_factory):
     "A project whose run `small` has finished phases 2 and 3, with the notebooks' own defaults."
     root = tmp_path_factory.mktemp("project").resolve()
-    for folder in ("looper_math", "nbs"):
-        shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    caches = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+    for folder in ("looper_math", "nbs"): shutil.copytree(ROOT / folder, root / folder, ignore=caches)
     (root / "data").symlink_to(ROOT / "data")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(records, "ROOT", root)
@@ -76,7 +76,8 @@ def test_policy_and_threshold_changed_and_run_all(project, monkeypatch):
         patch.setattr(records, "ROOT", project)
         run = explore.load("small")
         changes = explore.compare(run.pairs, run.repair(**CHANGED), names=("this run", "parameters cell"))
-    assert len(changes.lost) > 0 and changes.sentences[0] in shown(done, "explore.compare(run_now.pairs, run_now.repair(")
+    assert len(changes.lost) > 0
+    assert changes.sentences[0] in shown(done, "explore.compare(run_now.pairs, run_now.repair(")
     assert f"{len(run.pairs):,} pairs from" in shown(done, "describe_pairs(")
 
 
