@@ -17,7 +17,7 @@ cfg = parser["DEFAULT"]
 PUBLIC = ("looper_math", "README.md", "LICENSE", "MANIFEST.in", "settings.ini", "setup.py")
 # _modidx names the functions of every module, so it goes too.
 PRIVATE = ("regime_w", "rollouts", "importing", "pairs", "preferences", "sampler", "online_rl", "criteria", "plan",
-           "_modidx")
+           "explore", "_modidx")
 public = os.environ.get("LOOPER_WITHOUT_REGIME_W") == "1"
 
 # The second part of the README describes the private repository.

@@ -73,7 +73,8 @@ def with_earlier(now: EvalModels,
     for name in now.models.keys() & recorded["models"].keys():
         if located(now.run, recorded["models"][name]) != now.location(name):
             raise RunConflict(f"{folder}: model {name!r} is {recorded['models'][name]!r} there and "
-                              f"{now.models[name]!r} now; give the new model another name, or take another run name")
+                              f"{now.models[name]!r} now; give the new model another name, or take another run name",
+                              folder)
     models = recorded["models"] | {n: v for n, v in now.models.items() if n not in recorded["models"]}
     return models, _all_comparisons(now, models, recorded["comparisons"])
 
@@ -82,8 +83,9 @@ def _all_comparisons(now: EvalModels, models: dict, earlier: list) -> list:
     if bool(earlier) == bool(now.comparisons): return earlier + [p for p in now.comparisons if p not in earlier]
     pairs = [EvalModels(now.run, now.base, models, c).pairs for c in (earlier, now.comparisons)]
     if pairs[0] == pairs[1]: return earlier
-    raise RunConflict(f"{run_folder(now.run)/'05_eval'}: comparisons are {earlier} there and {now.comparisons} now; "
-                      "give pairs in both evaluations, or [] in both")
+    folder = run_folder(now.run)/"05_eval"
+    raise RunConflict(f"{folder}: comparisons are {earlier} there and {now.comparisons} now; "
+                      "give pairs in both evaluations, or [] in both", folder)
 
 def covers(recorded: dict, # parameters of a manifest
            now: EvalModels) -> bool:

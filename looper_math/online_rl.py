@@ -42,7 +42,7 @@ class OnlineSettings(TrainingSettings):
         check_source("questions", self.questions)
         ranges.check_options("ppo", self.ppo, dict.fromkeys(sampler.PPO_OPTIONS, float), sampler.PPO_OPTIONS)
         sampler.check_sizes(self.options, self.arm_set)
-        sampler.reweighted(self.preset, self.weights)
+        sampler.training_preset(self.preset, self.weights)
         require(self.adapter != "none", "adapter must be a folder, or empty for this run's SFT adapter, got 'none'")
         self.adapter = self.adapter or f"outputs/{self.run}/01_sft/adapter"
 
@@ -57,7 +57,7 @@ class OnlineSettings(TrainingSettings):
     def batch_size(self) -> int: return self.option("per_device_train_batch_size") // len(self.arms)   # questions
 
     @property
-    def scoring(self) -> regime_w.Preset: return sampler.reweighted(self.preset, self.weights)
+    def scoring(self) -> regime_w.Preset: return sampler.training_preset(self.preset, self.weights)
 
     @property
     def signals(self) -> dict[str, float]: return sampler.signal_weights(self.scoring) # 0 for what is only logged

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MONITORS', 'GRPO_OPTIONS', 'PPO_OPTIONS', 'GRPO_FIXED', 'WATCHED', 'sampled_arms', 'sampling', 'signal_values',
-           'Sampler', 'reward_functions', 'signal_weights', 'reweighted', 'check_sizes', 'StartsAtReference',
+           'Sampler', 'reward_functions', 'signal_weights', 'training_preset', 'check_sizes', 'StartsAtReference',
            'question_order', 'make_online_trainer', 'thirds', 'hacking']
 
 # %% ../nbs/lib/24_sampler.ipynb #b32ad668
@@ -129,17 +129,14 @@ def signal_weights(preset: regime_w.Preset) -> dict[str, float]: # name → weig
     terms = {term: w for term in regime_w.REWARD_TERMS if (w := getattr(preset.weights, term))}
     return terms | {name: 0. for name in MONITORS if name not in terms}
 
-def reweighted(name: str, weights: dict) -> regime_w.Preset:
+def training_preset(name: str, weights: dict) -> regime_w.Preset:
     "A preset with some weights changed; raises `SettingsError` for a wrong weight, or when no reward is left."
-    names = [f.name for f in dataclasses.fields(regime_w.Weights)]
     for weight, value in weights.items():
-        require(weight in names, f"weights: no weight {weight!r}; there are {', '.join(names)}")
         tokens = weight == "free_tokens"
         allowed = ranges.COUNT if tokens else ranges.Range(-1000, 1000)
         fits = type(value) in ((int,) if tokens else (int, float)) and value in allowed
         require(fits, f"weights: {weight} must be a number, {allowed}, got {value!r}")
-    preset = regime_w.find_preset(name)
-    preset = dataclasses.replace(preset, weights=dataclasses.replace(preset.weights, **weights))
+    preset = regime_w.reweighted(name, weights)
     require(any(signal_weights(preset).values()), "every reward weight is 0, so nothing could be learned")
     return preset
 

@@ -24,8 +24,8 @@ FLOORS = [
     {"serving"},
     {"cards", "criteria", "engines", "show"},
     {"eval_jobs", "heldout", "pairs", "trajectories"},
-    {"ask", "importing", "tables", "verdicts"},
-    {"runs", "training", "ppo"},
+    {"ask", "changes", "importing", "tables", "verdicts"},
+    {"explore", "runs", "training", "ppo"},
     {"demonstrations", "doctor", "dpo_trainer", "plan", "sampler"},
     {"cli"},
     {"sft", "rollouts", "preferences", "dpo", "evaluation", "online_rl"},
@@ -116,7 +116,8 @@ def _docstring(node): return isinstance(node, ast.Expr) and isinstance(node.valu
 
 # A public name may stand in several modules for a reason.
 SHARED = {"main": "a phase's work in one process", "run_phase": "the whole phase, from the notebook",
-          "open_phase": "a phase's folder and manifest", "check_inputs": "what a phase reads"}
+          "open_phase": "a phase's folder and manifest", "check_inputs": "what a phase reads",
+          "compare": "two tables of answers; in explore also pairs and whole runs"}
 
 
 def test_a_public_name_is_in_one_module():
