@@ -157,6 +157,18 @@ def _add_card(commands):
     card.add_argument("--push", default="", metavar="REPO", help="upload adapter, data and cards to private "
                       "repositories REPO and REPO-data; needs a token in HF_TOKEN")
 
+# %% ../nbs/lib/38_cli.ipynb #1bb7c8ef
+def _browse(args, root: Path):
+    "`looper browse`."
+    from looper_math import browse
+    print(short_path(browse.write_page(browse.find_run(args.run, root))))
+
+def _add_browse(commands):
+    browse = _add_command(commands, "browse", _browse, "write a page of a run's trajectories",
+                          "Write outputs/RUN/browse.html: all trajectories and answers of a run, with search, filters, "
+                          "and weights of the reward that score and pair them again. The page loads nothing.")
+    browse.add_argument("run", metavar="RUN", help="a run whose phase 02_rollouts or 05_eval is done")
+
 # %% ../nbs/lib/38_cli.ipynb #3e85c2d0
 def _ask(args, root: Path):
     "`looper ask`."
@@ -226,7 +238,8 @@ def _parser() -> argparse.ArgumentParser:
     description = "Train a model that answers correctly first and coherently second."
     parser = argparse.ArgumentParser(prog="looper", description=description)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_run, _add_plan, _add_doctor, _add_compare, _add_card, _add_ask, _add_data, _add_merge):
+    for add in (_add_run, _add_plan, _add_doctor, _add_browse, _add_compare, _add_card, _add_ask, _add_data,
+                _add_merge):
         add(commands)
     return parser
 

@@ -24,7 +24,7 @@ FLOORS = [
     {"serving"},
     {"cards", "criteria", "engines", "show"},
     {"eval_jobs", "heldout", "pairs", "trajectories"},
-    {"ask", "importing", "tables", "verdicts"},
+    {"ask", "browse", "importing", "tables", "verdicts"},
     {"runs", "training", "ppo"},
     {"demonstrations", "doctor", "dpo_trainer", "plan", "sampler"},
     {"cli"},

@@ -15,7 +15,7 @@ from looper_math.runs import parameters_of
 
 BASE = str(ROOT / "data/pocket-base")
 PRIVATE = ("regime_w", "rollouts", "importing", "pairs", "preferences", "sampler", "online_rl", "criteria", "plan",
-           "_modidx")
+           "browse", "_modidx")
 
 PLAIN_USE = f"""
 import json, sys
