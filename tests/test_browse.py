@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from looper_math import browse
+from looper_math import browse, runs
 from looper_math.cli import looper
 from looper_math.engines import Completion
 from looper_math.eval_jobs import answer_row
@@ -190,6 +190,16 @@ def test_the_command_writes_the_page(run, capsys):
     assert (run / "browse.html").read_text(encoding="utf-8") == browse.page(run)
     with pytest.raises(SystemExit, match="2"): looper(["browse", "exmaple"], run.parents[1])
     assert "did you mean 'example'?" in capsys.readouterr().err
+
+
+def test_a_run_writes_the_page_after_its_pairs(run, monkeypatch, capsys):
+    "And not after a phase that adds nothing to it."
+    write = lambda root, folder, phase, *rest: write_json(folder / phase / "manifest.json",
+                                                          {"parameters": {"preset": PRESET}, "seconds": 1})
+    monkeypatch.setattr(runs, "execute", write)
+    for phase, expected in (("01_sft", False), ("03_preferences", True)):
+        runs._run_phase(ROOT, run, phase, {}, {"parameters": {phase: {}}, "seconds": {}}, phase)
+        assert (run / "browse.html").exists() == expected == ("browse.html" in capsys.readouterr().out)
 
 
 def test_a_run_without_records_is_refused(tmp_path):
