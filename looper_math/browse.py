@@ -195,14 +195,14 @@ def write_page(folder: Path) -> Path: # the page
     write_text(folder/"browse.html", page(folder))
     return folder/"browse.html"
 
-# %% ../nbs/lib/39_browse.ipynb #7f3e134e
+# %% ../nbs/lib/39_browse.ipynb #19d30796
 _FRAME = "width: 100%; border: 1px solid #8888; border-radius: 6px"
 
 def find_run(run: str, # name of a run under outputs/
              root: Path = ROOT # the project's root
             ) -> Path:
     "The folder of a run with rollouts or answers; raises `SettingsError` with the nearest name if there is none."
-    runs = sorted({path.parents[1].name for path in (root/"outputs").glob("*/0[25]_*/manifest.json")})
+    runs = sorted({path.parents[1].name for path in (root/"outputs").glob("*/0[235]_*/manifest.json")})
     require(run in runs, f"the run {run!r} has neither rollouts nor answers{nearest(run, runs) if runs else ''}")
     return root/"outputs"/run
 
