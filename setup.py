@@ -17,7 +17,7 @@ cfg = parser["DEFAULT"]
 PUBLIC = ("looper_math", "README.md", "LICENSE", "MANIFEST.in", "settings.ini", "setup.py")
 # _modidx names the functions of every module, so it goes too.
 PRIVATE = ("regime_w", "rollouts", "importing", "pairs", "preferences", "sampler", "online_rl", "criteria", "plan",
-           "explore", "_modidx")
+           "browse", "explore", "_modidx")
 public = os.environ.get("LOOPER_WITHOUT_REGIME_W") == "1"
 
 # The second part of the README describes the private repository.
@@ -29,6 +29,9 @@ class BuildPublic(build_py):
 
     def find_package_modules(self, package, package_dir):
         return [m for m in super().find_package_modules(package, package_dir) if m[1] not in PRIVATE]
+
+    def find_data_files(self, package, src_dir):
+        return [f for f in super().find_data_files(package, src_dir) if Path(f).stem not in PRIVATE]
 
 
 class SourcePublic(sdist):
@@ -53,6 +56,7 @@ setup(
     license_files=["LICENSE"],
     classifiers=["Private :: Do Not Upload"],
     packages=find_packages(include=["looper_math", "looper_math.*"]),
+    package_data={"looper_math": ["templates/*.html"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split(), "gpu": cfg["gpu_requirements"].split()},

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'CAPPED', 'NEEDED', 'DROPPED', 'SET_TERMS', 'NOTHING', 'RECORD', 'TRAJECTORY', 'PairRules', 'pair_rules',
-           'build_pairs_report', 'build_pairs', 'top_share', 'compare_policies', 'term_limits', 'reward_terms',
-           'inertness_audit', 'read_rollouts', 'arm_table', 'pair_table', 'describe_pairs']
+           'build_pairs_report', 'build_pairs', 'question_candidates', 'top_share', 'compare_policies', 'term_limits',
+           'reward_terms', 'inertness_audit', 'read_rollouts', 'arm_table', 'pair_table', 'describe_pairs']
 
 # %% ../nbs/lib/21_pairs.ipynb #3fc6313e
 import dataclasses
@@ -144,13 +144,17 @@ def _take(pairs: list, room: int, used: tuple[set, set]) -> list:
         taken.append(pair)
     return taken
 
-def _capped(candidates: list, coherence: list, rules: PairRules, question_id: str) -> tuple[list, list]:
-    "At most `rules.cap` correctness and coherence pairs together, no text twice on one side."
+def _ranked(candidates: list, rules: PairRules, question_id: str) -> list[tuple]:
+    "Candidates in the order in which `capped` and `first-error` take them."
     shared = lambda p: _shared_lines(*p) if rules.policy == "first-error" else 0
     key = lambda p: (-shared(p), _random_key(rules, question_id, p[0]["arm_name"], p[1]["arm_name"]))
+    return sorted(candidates, key=key)
+
+def _capped(candidates: list, coherence: list, rules: PairRules, question_id: str) -> tuple[list, list]:
+    "At most `rules.cap` correctness and coherence pairs together, no text twice on one side."
     used = set(), set()
     best = _take(coherence[:1], min(1, rules.cap - bool(candidates)), used)
-    correctness = _take(sorted(candidates, key=key), rules.cap - len(best), used)
+    correctness = _take(_ranked(candidates, rules, question_id), rules.cap - len(best), used)
     return correctness, best + _take(coherence[1:], rules.cap - len(best) - len(correctness), used)
 
 # %% ../nbs/lib/21_pairs.ipynb #6646f5c7
@@ -160,12 +164,15 @@ def _by_policy(candidates: list, coherence: list, rules: PairRules, question_id:
     if rules.policy == "all" or not candidates: return candidates, coherence
     return {"best-worst": _best_worst, "hard": _hard}[rules.policy](candidates), coherence
 
+def _divided(solutions: list[dict]) -> tuple[list[dict], list[dict], list[dict]]: # right, right and ended, wrong
+    "The solutions that a pair may take on its sides."
+    right = [t for t in solutions if t["correct"]]
+    ended = [t for t in right if t.get("finish_reason") != "length"]
+    return right, ended, [t for t in solutions if not t["correct"]]
+
 def _question_pairs(record: dict, rules: PairRules, dropped: Counter) -> list[tuple[dict, dict, str]]:
     "The (chosen, rejected, type) of one question."
-    solutions = _solutions(record, rules)
-    right = [t for t in solutions if t["correct"]]
-    wrong = [t for t in solutions if not t["correct"]]
-    ended = [t for t in right if t.get("finish_reason") != "length"]
+    right, ended, wrong = _divided(_solutions(record, rules))
     dropped["cut_off"] += len(right) - len(ended)
     candidates = _candidates(ended, wrong, rules, dropped) if rules.pair_types != "coherence" else []
     every_coherence = _coherence(right, ended, rules, dropped) if rules.pair_types != "correctness" else []
@@ -214,6 +221,16 @@ def build_pairs(rollouts, # rollout records with scored trajectories
                ) -> list[dict]: # preference records
     "Preference pairs; raises `SettingsError` on a bad rule and `ValueError` on an unscored trajectory."
     return build_pairs_report(rollouts, policy=policy, threshold=threshold, **rules)[0]
+
+# %% ../nbs/lib/21_pairs.ipynb #50e99727
+def question_candidates(record: dict, # a rollout record with scored trajectories
+                        rules: PairRules
+                       ) -> tuple[list[dict], list[tuple[dict, dict]]]: # solutions, (chosen, rejected)
+    "What no reward decides: a question's solutions in their order, and its correctness pairs in that of the policy."
+    solutions = _solutions(record, rules)
+    candidates = _candidates(*_divided(solutions)[1:], rules, Counter())
+    if rules.policy in CAPPED: return solutions, _ranked(candidates, rules, record["question_id"])
+    return solutions, _hard(candidates) if rules.policy == "hard" and candidates else candidates
 
 # %% ../nbs/lib/21_pairs.ipynb #ed049b21
 def top_share(names: list[str]) -> tuple[str, float]: # the most frequent name, and its share

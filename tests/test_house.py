@@ -24,7 +24,7 @@ FLOORS = [
     {"serving"},
     {"cards", "criteria", "engines", "show"},
     {"eval_jobs", "heldout", "pairs", "trajectories"},
-    {"ask", "changes", "importing", "tables", "verdicts"},
+    {"ask", "browse", "changes", "importing", "tables", "verdicts"},
     {"explore", "runs", "training", "ppo"},
     {"demonstrations", "doctor", "dpo_trainer", "plan", "sampler"},
     {"cli"},

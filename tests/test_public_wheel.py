@@ -15,7 +15,7 @@ from looper_math.runs import parameters_of
 
 BASE = str(ROOT / "data/pocket-base")
 PRIVATE = ("regime_w", "rollouts", "importing", "pairs", "preferences", "sampler", "online_rl", "criteria", "plan",
-           "explore", "_modidx")
+           "browse", "explore", "_modidx")
 
 PLAIN_USE = f"""
 import json, sys
