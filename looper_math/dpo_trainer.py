@@ -70,9 +70,11 @@ class StepZero(TrainerCallback):
         if all(abs(r) <= self.beta * self.tolerance for r in rewards.values()): return   # false for NaN
         raise RuntimeError(f"rewards at step 0 are {rewards}, not 0: the reference is not base + SFT adapter")
 
-def tolerance(config: DPOConfig) -> float: # nats
-    "How far the mean log-ratio of two equal models may be from 0."
-    return .1 if config.bf16 or config.fp16 else 1e-3
+def tolerance(config: DPOConfig,
+              tokens: float # of a completion, on average
+             ) -> float: # nats
+    "How far the mean log-ratio of two equal models may be from 0: rounding grows with the completion."
+    return tokens * (2e-3 if config.bf16 or config.fp16 else 2e-5)
 
 # %% ../nbs/lib/22_dpo_trainer.ipynb #23c8e2b3
 def _with_lengths(rows: Dataset) -> Dataset:
@@ -89,7 +91,8 @@ def make_dpo_trainer(model, # the base with the adapter to start from, trainable
     rows = rows.select_columns(["prompt", "chosen", "rejected"])
     trainer = DPOTrainer(model, args=config, train_dataset=rows, processing_class=tokenizer)
     trainer.train_dataset = _with_lengths(trainer.train_dataset)
-    trainer.add_callback(StepZero(config.beta, tolerance(config)))
+    tokens = [len(row) for side in ("chosen_ids", "rejected_ids") for row in trainer.train_dataset[side]]
+    trainer.add_callback(StepZero(config.beta, tolerance(config, sum(tokens) / len(tokens))))
     return trainer
 
 # %% ../nbs/lib/22_dpo_trainer.ipynb #9bf3ac21
