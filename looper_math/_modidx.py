@@ -422,6 +422,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                         'looper_math/dpo_trainer.py'),
                                          'looper_math.dpo_trainer.StepZero.on_log': ( 'lib/dpo_trainer.html#stepzero.on_log',
                                                                                       'looper_math/dpo_trainer.py'),
+                                         'looper_math.dpo_trainer._same_precision': ( 'lib/dpo_trainer.html#_same_precision',
+                                                                                      'looper_math/dpo_trainer.py'),
                                          'looper_math.dpo_trainer._with_lengths': ( 'lib/dpo_trainer.html#_with_lengths',
                                                                                     'looper_math/dpo_trainer.py'),
                                          'looper_math.dpo_trainer.check_counts': ( 'lib/dpo_trainer.html#check_counts',
