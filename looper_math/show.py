@@ -13,12 +13,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from IPython.display import HTML
+from matplotlib.colors import to_rgb
 
 # %% ../nbs/lib/31_show.ipynb #5cafb36b
+_style = plt.style.context("petroff10") # its colours differ to the colour-blind too
+
 def _legend(ax, **options):
     "A legend below a panel, where it covers no curve."
     ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(-.05, -.22), **options)
 
+@_style
 def curves(log: pd.DataFrame,          # one row a logged step, indexed by step
            groups: dict[str, list[str]], # title of a panel → the columns in it
            size: float = 3.2             # inches a panel
@@ -40,6 +44,7 @@ def _histogram(ax, x: pd.Series, edges, **options):
     "A histogram as shares."
     ax.hist(x, edges, weights=np.full(len(x), 1 / max(1, len(x))), **options)
 
+@_style
 def histograms(df: pd.DataFrame, columns: list[str], # a panel each
                by: str | None = None, # one outline for each value of this column
                bins: int = 30, size: float = 3.2, counts: str = "rows"):
@@ -57,6 +62,7 @@ def histograms(df: pd.DataFrame, columns: list[str], # a panel each
     fig.tight_layout()
 
 # %% ../nbs/lib/31_show.ipynb #f6145f55
+@_style
 def panels(df: pd.DataFrame, column: str, by: str, columns: int = 4, bins: int = 30, counts: str = "rows"):
     "A histogram of `column` for each value of `by`, in order of appearance, on common axes."
     groups, edges = df.groupby(by, sort=False)[column], np.histogram_bin_edges(_numbers(df[column]), bins)
@@ -72,6 +78,7 @@ def panels(df: pd.DataFrame, column: str, by: str, columns: int = 4, bins: int =
     fig.tight_layout()
 
 # %% ../nbs/lib/31_show.ipynb #a16290f3
+@_style
 def shares(df: pd.DataFrame, # columns name, k, n, low, high
            xlabel: str, title: str):
     "Dots with intervals, one line a row, each labelled k/n."
@@ -86,9 +93,15 @@ def shares(df: pd.DataFrame, # columns name, k, n, low, high
     fig.tight_layout()
 
 # %% ../nbs/lib/31_show.ipynb #69e6294f
-def stacked(table: pd.DataFrame, # counts: one row a bar, one column a part
+def _ink(colour: str) -> str:
+    "The colour of a text on a colour."
+    return "black" if np.dot(to_rgb(colour), (.299, .587, .114)) > .5 else "white"
+
+@_style
+def stacked(table: pd.DataFrame, # counts: one row a bar, one column a part; empty parts are left out
             xlabel: str, title: str):
     "A horizontal bar a row, made of its parts; counts are written into parts that are wide enough."
+    table = table.loc[:, table.any()]
     fig, ax = plt.subplots(figsize=(7.2, .9 + .42 * len(table)))
     left, y = np.zeros(len(table)), np.arange(len(table))[::-1]
     wide = .03 * max(1, table.sum(axis=1).max())
@@ -96,7 +109,7 @@ def stacked(table: pd.DataFrame, # counts: one row a bar, one column a part
         values = table[part].to_numpy()
         labels = [f"{value}" if value >= wide else "" for value in values]
         bars = ax.barh(y, values, left=left, height=.7, label=part, color=f"C{k}")
-        ax.bar_label(bars, labels, label_type="center", color="white", fontsize=8)
+        ax.bar_label(bars, labels, label_type="center", color=_ink(f"C{k}"), fontsize=8)
         left += values
     ax.set_yticks(y, table.index)
     ax.set(xlabel=xlabel, title=title)
@@ -132,9 +145,11 @@ def texts(rows: list[dict], columns: list[str] | None = None # names and order o
          ) -> HTML:
     "A table of whole texts with their line breaks; tags are escaped, and no formula is set."
     table = pd.DataFrame(rows, columns=columns, dtype=object)
-    line = lambda tag, cells: "<tr>" + "".join(f'<{tag} style="{_CELL}">{_cell(c)}</{tag}>' for c in cells) + "</tr>"
-    body = "".join(line("td", row) for row in table.itertuples(index=False, name=None))
-    return HTML(f'<table class="{NO_MATH}"><thead>{line("th", table.columns)}</thead><tbody>{body}</tbody></table>')
+    names = [_cell(name) for name in table.columns]
+    head = "".join(f'<th style="{_CELL}">{name}</th>' for name in names)
+    cell = lambda name, value: f'<td style="{_CELL}" data-label="{name}">{_cell(value)}</td>'
+    body = "".join(f"<tr>{''.join(map(cell, names, row))}</tr>" for row in table.itertuples(index=False, name=None))
+    return HTML(f'<table class="{NO_MATH}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>')
 
 # %% ../nbs/lib/31_show.ipynb #49acae9f
 def _box(colour: str, sentences: Sequence[str]) -> str: # HTML
