@@ -1320,6 +1320,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'looper_math.show._ink': ('lib/show.html#_ink', 'looper_math/show.py'),
                                   'looper_math.show._legend': ('lib/show.html#_legend', 'looper_math/show.py'),
                                   'looper_math.show._numbers': ('lib/show.html#_numbers', 'looper_math/show.py'),
+                                  'looper_math.show._subplots': ('lib/show.html#_subplots', 'looper_math/show.py'),
                                   'looper_math.show.curves': ('lib/show.html#curves', 'looper_math/show.py'),
                                   'looper_math.show.heatmap': ('lib/show.html#heatmap', 'looper_math/show.py'),
                                   'looper_math.show.histograms': ('lib/show.html#histograms', 'looper_math/show.py'),

@@ -4,6 +4,7 @@ import random
 import re
 import shlex
 
+import papermill
 import pytest
 from bs4 import BeautifulSoup
 from matplotlib.colors import to_rgb
@@ -247,6 +248,16 @@ def test_pages_load_nothing_from_the_network(phase_page, page):
         soup = BeautifulSoup(text, "html.parser")
         assert not soup.select("script[src], iframe, link[rel=stylesheet]")
         assert all(link["href"] == "data:," for link in soup.select("link"))
+
+
+def test_plots_of_several_cells_are_all_shown(tmp_path):
+    "A plot that sets a style as a whole also resets what the inline backend has set, and later plots are not shown."
+    draw = "show.shares(pd.DataFrame({'name': ['sft'], 'k': 5, 'n': 9, 'low': .2, 'high': .9}), 'x', 'y')"
+    cells = [v4.new_code_cell(source) for source in ("import pandas as pd\nfrom looper_math import show", draw, draw)]
+    done = papermill.execute_notebook(v4.new_notebook(cells=cells), None, kernel_name="python3", cwd=str(ROOT),
+                                      progress_bar=False)
+    shown = [any("image/png" in output.get("data", {}) for output in cell.outputs) for cell in done.cells[-2:]]
+    assert shown == [True, True], done.cells[-1]
 
 
 def luminance(colour):
