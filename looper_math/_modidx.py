@@ -637,7 +637,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'looper_math.models.prompt_template': ('lib/models.html#prompt_template', 'looper_math/models.py'),
                                     'looper_math.models.scalings': ('lib/models.html#scalings', 'looper_math/models.py'),
                                     'looper_math.models.source': ('lib/models.html#source', 'looper_math/models.py')},
-            'looper_math.next_steps': { 'looper_math.next_steps.Step': ('lib/next_steps.html#step', 'looper_math/next_steps.py'),
+            'looper_math.next_steps': { 'looper_math.next_steps.NextStep': ('lib/next_steps.html#nextstep', 'looper_math/next_steps.py'),
                                         'looper_math.next_steps._again': ('lib/next_steps.html#_again', 'looper_math/next_steps.py'),
                                         'looper_math.next_steps._following': ( 'lib/next_steps.html#_following',
                                                                                'looper_math/next_steps.py'),
