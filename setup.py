@@ -56,7 +56,7 @@ setup(
     license_files=["LICENSE"],
     classifiers=["Private :: Do Not Upload"],
     packages=find_packages(include=["looper_math", "looper_math.*"]),
-    package_data={"looper_math": ["templates/*.html"]},
+    package_data={"looper_math": ["templates/**/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split(), "gpu": cfg["gpu_requirements"].split()},

@@ -6,8 +6,8 @@
 __all__ = ['GROUPS', 'GROWING', 'OUTPUTS', 'PATHS', 'SETTINGS', 'BROWSED', 'Parameter', 'parameters_of', 'Refused', 'read_yaml',
            'recipes', 'phases_of', 'About', 'about_recipe', 'Override', 'read_recipe', 'find_phase', 'read_flag',
            'assign', 'short_path', 'is_done', 'check_folder', 'check_inputs_unchanged', 'check_files', 'choose_phases',
-           'build_settings', 'check_settings', 'check_across', 'PhaseFailed', 'write_html', 'execute', 'continued',
-           'check_continued', 'run_recipe']
+           'build_settings', 'check_settings', 'check_across', 'PhaseFailed', 'execute', 'continued', 'check_continued',
+           'run_recipe']
 
 # %% ../nbs/lib/35_runs.ipynb #c4d0a5a3
 import ast
@@ -530,11 +530,6 @@ def check_across(chosen: list[str], values: dict[str, dict]) -> list[str]: # wha
 class PhaseFailed(RuntimeError):
     "A phase's notebook ended with an error."
 
-def write_html(notebook: Path):
-    "Write the page beside an executed notebook."
-    from nbconvert import HTMLExporter
-    records.write_text(notebook.with_suffix(".html"), HTMLExporter().from_filename(str(notebook))[0])
-
 def _papermill_options(root: Path, label: str) -> dict:
     "How papermill executes a notebook: from the project's root, quietly, and with a kernel that stops fast."
     from traitlets.config import Config
@@ -549,6 +544,8 @@ def execute(root: Path, folder: Path, phase: str, values: dict, label: str):
     "Execute a phase's notebook into the run folder; raises `PhaseFailed` with the end of its error."
     import papermill
     from nbclient.exceptions import DeadKernelError
+
+    from looper_math.report import write_page
     page = folder/f"{phase}.ipynb"
     logging.getLogger("asyncio").setLevel(logging.CRITICAL) # else a traceback for each task of a stopped kernel
     try:
@@ -557,12 +554,12 @@ def execute(root: Path, folder: Path, phase: str, values: dict, label: str):
     except papermill.PapermillExecutionError as e:
         lines = papermill.exceptions.strip_color("\n".join(e.traceback)).rstrip().splitlines()
         error = "\n".join(f"    {line}" for line in lines[-12:])
-        write_html(page)
+        write_page(page)
         raise PhaseFailed(f"{phase} failed in cell [{e.exec_count}] of {short_path(page)}\n{error}") from None
     except DeadKernelError:
         raise PhaseFailed(f"{phase}: the kernel died while {short_path(page)} ran; "
                           f"most often the memory was too small") from None
-    write_html(page)
+    write_page(page)
 
 # %% ../nbs/lib/35_runs.ipynb #a852b852
 @contextlib.contextmanager
@@ -694,13 +691,14 @@ def run_recipe(recipe: str, # a folder of `nbs/recipes`
 
 # %% ../nbs/lib/35_runs.ipynb #e442d002
 def _close(folder: Path, seconds: float) -> dict | None:
-    "Write the summary and the report, and print the table of models, once the evaluation is done."
+    "Write the summary and the report, and print the models, the result and its warnings, once the evaluation is done."
     from looper_math import report  # a slow import, and a refusal does not need it
     summary = report.summarise(folder) if is_done(folder, "05_eval") else None
     if summary:
         write_json(folder/"summary.json", summary)
         page = report.write_report(folder)
-        print(f"\n{report.accuracies(summary).to_string(index=False)}\n")
-        print(f"report  {short_path(page)}\nnumbers {short_path(folder/'summary.json')}")
+        print(f"\n{report.accuracies(summary).to_string(index=False)}\n\n{report.outcome(summary).sentence}")
+        for warning in summary["warnings"]: print(f"warning: {warning}")
+        print(f"\nreport  {short_path(page)}\nnumbers {short_path(folder/'summary.json')}")
     print(f"{report.clock(seconds)} in all")
     return summary

@@ -7,14 +7,25 @@ __all__ = ['NO_MATH', 'curves', 'histograms', 'panels', 'shares', 'stacked', 'he
 
 # %% ../nbs/lib/31_show.ipynb #9a08e8ec
 import html
+import itertools
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from IPython.display import HTML
+from matplotlib.colors import to_rgb
 
 # %% ../nbs/lib/31_show.ipynb #5cafb36b
+_CYCLE = plt.style.library["petroff10"]["axes.prop_cycle"] # its colours differ to the colour-blind too
+_COLOURS = _CYCLE.by_key()["color"]
+
+def _subplots(rows: int, columns: int, width: float, height: float, **options):
+    "Figure and panels in the colours of this page. The style is not set as a whole, which would set a backend's too."
+    fig, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, **options)
+    for ax in axes.flat: ax.set_prop_cycle(_CYCLE)
+    return fig, axes
+
 def _legend(ax, **options):
     "A legend below a panel, where it covers no curve."
     ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(-.05, -.22), **options)
@@ -24,7 +35,7 @@ def curves(log: pd.DataFrame,          # one row a logged step, indexed by step
            size: float = 3.2             # inches a panel
           ):
     "One panel a group, the columns over the steps."
-    fig, axes = plt.subplots(1, len(groups), figsize=(1.3 * size * len(groups), size), squeeze=False)
+    fig, axes = _subplots(1, len(groups), 1.3 * size * len(groups), size)
     for ax, (title, columns) in zip(axes[0], groups.items()):
         for column in columns: ax.plot(log.index, log[column], label=column.split("/")[-1])
         ax.set(xlabel="update", ylabel=title, title=f"{title} (n = {len(log)} logged)")
@@ -44,7 +55,7 @@ def histograms(df: pd.DataFrame, columns: list[str], # a panel each
                by: str | None = None, # one outline for each value of this column
                bins: int = 30, size: float = 3.2, counts: str = "rows"):
     "A histogram of each column, in common bins, as shares so that groups of different size compare."
-    fig, axes = plt.subplots(1, len(columns), figsize=(1.2 * size * len(columns), size), squeeze=False)
+    fig, axes = _subplots(1, len(columns), 1.2 * size * len(columns), size)
     for ax, column in zip(axes[0], columns):
         edges = np.histogram_bin_edges(_numbers(df[column]), bins)
         if by is None: _histogram(ax, _numbers(df[column]), edges)
@@ -61,8 +72,7 @@ def panels(df: pd.DataFrame, column: str, by: str, columns: int = 4, bins: int =
     "A histogram of `column` for each value of `by`, in order of appearance, on common axes."
     groups, edges = df.groupby(by, sort=False)[column], np.histogram_bin_edges(_numbers(df[column]), bins)
     rows = -(-len(groups) // columns)
-    size = 2.7 * columns, 1.7 * rows
-    fig, axes = plt.subplots(rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
+    fig, axes = _subplots(rows, columns, 2.7 * columns, 1.7 * rows, sharex=True, sharey=True)
     for ax, (name, part) in zip(axes.flat, groups):
         _histogram(ax, _numbers(part), edges)
         ax.set_title(f"{name} (n = {part.notna().sum()})", fontsize=9)
@@ -75,7 +85,7 @@ def panels(df: pd.DataFrame, column: str, by: str, columns: int = 4, bins: int =
 def shares(df: pd.DataFrame, # columns name, k, n, low, high
            xlabel: str, title: str):
     "Dots with intervals, one line a row, each labelled k/n."
-    fig, ax = plt.subplots(figsize=(6.4, .5 + .34 * len(df)))
+    fig, ((ax,),) = _subplots(1, 1, 6.4, .5 + .34 * len(df))
     y = np.arange(len(df))[::-1]
     share = df.k / df.n
     lengths = np.clip([share - df.low, df.high - share], 0, None)   # at 0 or n of n, rounding can make one negative
@@ -86,17 +96,22 @@ def shares(df: pd.DataFrame, # columns name, k, n, low, high
     fig.tight_layout()
 
 # %% ../nbs/lib/31_show.ipynb #69e6294f
-def stacked(table: pd.DataFrame, # counts: one row a bar, one column a part
+def _ink(colour: str) -> str:
+    "The colour of a text on a colour."
+    return "black" if np.dot(to_rgb(colour), (.299, .587, .114)) > .5 else "white"
+
+def stacked(table: pd.DataFrame, # counts: one row a bar, one column a part; empty parts are left out
             xlabel: str, title: str):
     "A horizontal bar a row, made of its parts; counts are written into parts that are wide enough."
-    fig, ax = plt.subplots(figsize=(7.2, .9 + .42 * len(table)))
+    table = table.loc[:, table.any()]
+    fig, ((ax,),) = _subplots(1, 1, 7.2, .9 + .42 * len(table))
     left, y = np.zeros(len(table)), np.arange(len(table))[::-1]
     wide = .03 * max(1, table.sum(axis=1).max())
-    for k, part in enumerate(table):
+    for part, colour in zip(table, itertools.cycle(_COLOURS)):
         values = table[part].to_numpy()
         labels = [f"{value}" if value >= wide else "" for value in values]
-        bars = ax.barh(y, values, left=left, height=.7, label=part, color=f"C{k}")
-        ax.bar_label(bars, labels, label_type="center", color="white", fontsize=8)
+        bars = ax.barh(y, values, left=left, height=.7, label=part, color=colour)
+        ax.bar_label(bars, labels, label_type="center", color=_ink(colour), fontsize=8)
         left += values
     ax.set_yticks(y, table.index)
     ax.set(xlabel=xlabel, title=title)
@@ -132,9 +147,11 @@ def texts(rows: list[dict], columns: list[str] | None = None # names and order o
          ) -> HTML:
     "A table of whole texts with their line breaks; tags are escaped, and no formula is set."
     table = pd.DataFrame(rows, columns=columns, dtype=object)
-    line = lambda tag, cells: "<tr>" + "".join(f'<{tag} style="{_CELL}">{_cell(c)}</{tag}>' for c in cells) + "</tr>"
-    body = "".join(line("td", row) for row in table.itertuples(index=False, name=None))
-    return HTML(f'<table class="{NO_MATH}"><thead>{line("th", table.columns)}</thead><tbody>{body}</tbody></table>')
+    names = [_cell(name) for name in table.columns]
+    head = "".join(f'<th style="{_CELL}">{name}</th>' for name in names)
+    cell = lambda name, value: f'<td style="{_CELL}" data-label="{name}">{_cell(value)}</td>'
+    body = "".join(f"<tr>{''.join(map(cell, names, row))}</tr>" for row in table.itertuples(index=False, name=None))
+    return HTML(f'<table class="{NO_MATH}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>')
 
 # %% ../nbs/lib/31_show.ipynb #49acae9f
 def _box(colour: str, sentences: Sequence[str]) -> str: # HTML

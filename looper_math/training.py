@@ -417,8 +417,9 @@ def finish(phase: Phase, s: TrainingSettings,
 
 def heldout_verdict(result: dict, # as `evaluate_checkpoints` returns it
             before: str, after: str) -> str: # HTML
-    "What the held-out questions say of a training, red when it lost more than it gained with p < 0.05."
+    "What the held-out questions say of a training, with a warning when it lost more than it gained with p < 0.05."
+    from looper_math import show  # a slow import, which a training process does not need
     if not result: return "No held-out questions (parameter dev), so the effect of the training is not measured here."
     test = heldout.Paired(result["right_before"], result["gained"], result["lost"], result["n"])
-    red = test.p < .05 and test.difference < 0
-    return f'<b style="color:{"#b00020" if red else "inherit"}">{test.sentence(before, after)}</b>'
+    is_worse = test.p < .05 and test.difference < 0
+    return show.verdict([test.sentence(before, after)], [f"{after} is worse than {before}."] if is_worse else []).data

@@ -31,11 +31,13 @@ def paired_tests(rows: dict[Job, pd.DataFrame], jobs: list[tuple[Job, Job]]) -> 
 
 # %% ../nbs/lib/28_verdicts.ipynb #7c8f076c
 def warning_of_drop(test: Comparison, p: float # corrected
-                   ) -> str: # empty unless the drop is significant
-    "A warning that a model is worse than the one that it was made from."
-    if p >= .05 or test.difference >= 0: return ""
-    return (f"{test.b.upper()} IS WORSE THAN {test.a.upper()}: {test.gained} gained, {test.lost} lost, corrected "
-            f"{p_text(p)}. What follows starts from a damaged model.")
+                   ) -> str: # empty unless the uncorrected p is below .05: a warning needs less than a claim
+    "A warning that a model is worse than one before it, or seems so where only the uncorrected p is below .05."
+    if test.p >= .05 or test.difference >= 0: return ""
+    word = "IS" if p < .05 else "SEEMS"
+    return (f"{test.b.upper()} {word} WORSE THAN {test.a.upper()} by {-100*test.difference:.1f} points: {test.gained} "
+            f"gained, {test.lost} lost of {test.n:,}, {p_text(test.p)}, corrected {p_text(p)}. What is trained from it "
+            "starts from a damaged model.")
 
 def warnings_of(tests: Tests) -> list[str]: return [w for test, p in tests.values() if (w := warning_of_drop(test, p))]
 

@@ -15,7 +15,7 @@ from looper_math.runs import assign, parameters_of, phases_of, read_recipe, reci
 # each other.
 FLOORS = [
     {"answers", "records"},
-    {"launch", "ledger", "prompts", "ranges", "shards", "stats"},
+    {"launch", "ledger", "pages", "prompts", "ranges", "shards", "stats"},
     {"regime_w", "grading", "data", "eval_models"},
     {"compare", "pocket"},
     {"audit"},
@@ -26,7 +26,7 @@ FLOORS = [
     {"eval_jobs", "heldout", "pairs", "trajectories"},
     {"ask", "browse", "changes", "importing", "tables", "verdicts"},
     {"explore", "runs", "training", "ppo"},
-    {"demonstrations", "doctor", "dpo_trainer", "plan", "sampler"},
+    {"demonstrations", "doctor", "dpo_trainer", "next_steps", "plan", "sampler"},
     {"cli"},
     {"sft", "rollouts", "preferences", "dpo", "evaluation", "online_rl"},
 ]

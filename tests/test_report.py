@@ -1,13 +1,19 @@
 "The documents' expectations beside a run's numbers, for each preset, with real rollouts and pairs."
+import json
 import random
 import re
+import shlex
 
+import papermill
 import pytest
+from bs4 import BeautifulSoup
+from matplotlib.colors import to_rgb
+from nbformat import v4
 
-from looper_math import criteria, report
+from looper_math import cli, criteria, next_steps, report, runs
 from looper_math.pairs import build_pairs_report, reward_terms
 from looper_math.prompts import arms, build_prompt
-from looper_math.records import RecordWriter, write_json
+from looper_math.records import ROOT, RecordWriter, read_json, write_json
 from looper_math.regime_w import PRESETS, find_preset, score_records
 
 ABEL = {"base": "GAIR/Abel-7B-002", "n_gpu": 8}
@@ -51,7 +57,7 @@ def finished(folder, preset, changes=None, losses=(.62, .48, .38), **sizes):
               "04_dpo": {"pairs": 100}, "05_eval": {"test": 1209}}
     score = lambda k: {"correct": k, "n": 1209, "cut_off": 3}
     change = {"gained": 60, "lost": 25, "n": 1209, "p": .001, "p_holm": .002, "difference": 35 / 1209,
-              "sentence": "dpo scores 2.9 points higher than sft."}
+              "interval": [.012, .046], "sentence": "dpo scores 2.9 points higher than sft."}
     models = {"base": score(972), "sft": score(985), "dpo": score(1020)}
     metrics = {"03_preferences": reward_terms(scored, preset),
                "04_dpo": {"trainer": DPO | (changes or {}).get("04_dpo", {}).get("trainer", {})},
@@ -64,7 +70,7 @@ def finished(folder, preset, changes=None, losses=(.62, .48, .38), **sizes):
            for k, loss in enumerate(losses) for part in (.5, 1)]
     write_json(folder / "04_dpo/adapter/trainer_state.json", {"log_history": log})
     seconds = {"02_rollouts": 1200., "04_dpo": 1700., "05_eval": 800.}
-    write_json(folder / "run.json", {"recipe": "x", "parameters": {}, "seconds": seconds})
+    write_json(folder / "run.json", {"recipe": "smoke", "parameters": {}, "seconds": seconds})
     return criteria.criteria(folder).set_index("criterion")
 
 
@@ -178,14 +184,128 @@ def page(tmp_path_factory):
 
 def test_the_report_tells_what_was_run_and_what_came_out(page):
     assert "<title>Report of a {b} run</title>" in page
-    first = "a {b} run: recipe x, 3 models (base, sft, dpo) of GAIR/Abel-7B-002, 1,209 test questions."
-    assert page.index("Warning: sft &lt; base") < page.index(first) < page.index("test: dpo scores 2.9 points higher")
-    for text in ("985 / 1209", "✗ fail", "the expectations exclude each other", "deployment guide", "28 min 20 s",
-                 'href="04_dpo.html"', '"beta": 0.1', 'alt="Figure: Accuracy"'):
+    assert page.count("<h1") == 1 and "<h1>Run a {b} run, recipe smoke</h1>" in page
+    order = ("3 models (base, sft, dpo) of GAIR/Abel-7B-002, 1,209 test questions.", "Warning: sft &lt; base",
+             "It worked, and no control was compared: dpo against sft +2.9 points (95 % interval +1.2 to +4.6, "
+             "p = 0.001, corrected p = 0.002), n = 1,209 questions.", "✗ fail", "✓ pass", "looper run smoke")
+    assert [page.index(text) for text in order] == sorted(page.index(text) for text in order)
+    for text in ("+60", "the expectations exclude each other", "deployment guide",
+                 "28 min 20 s", 'href="04_dpo.html"', '"beta": 0.1', 'alt="Figure: Accuracy"'):
         assert text in page, text
 
 
-def test_the_report_shows_no_code_and_loads_nothing_from_the_network(page):
+def test_every_failed_criterion_of_the_page_has_its_reason_beside_it(page):
+    rows = [[td.text for td in tr.select("td")] for tr in BeautifulSoup(page, "html.parser").select("table tr")]
+    failed = [row for row in rows if row and row[0] == "✗ fail"]
+    assert failed and all(row[4] for row in failed)
+    assert len([row for row in rows if row and "pass" in row[0]]) > 5
+
+
+def test_the_report_shows_no_code(page):
     assert "report.summarise" not in page and "Traceback" not in page
-    assert not re.findall(r"""(?:src|href)=["']?(?:https?:)?//|@import|url\(["']?http""", page)
-    assert "<script src" not in page
+    assert not BeautifulSoup(page, "html.parser").select("details.code")
+
+
+@pytest.fixture(scope="module")
+def phase_page(tmp_path_factory):
+    "The page of a phase with code, a figure, a widget and messages, in a run of three phases."
+    folder = tmp_path_factory.mktemp("run") / "mine"
+    phases = ("01_sft", "02_rollouts", "05_eval")
+    write_json(folder / "run.json", {"recipe": "smoke", "parameters": dict.fromkeys(phases, {}), "seconds": {}})
+    figure = v4.new_output("display_data", {"image/png": "iVBORw0KGgo=", "text/plain": "<Figure>"})
+    widget = v4.new_output("display_data", {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "pairs: 0%"})
+    nb = v4.new_notebook(cells=[
+        v4.new_code_cell("#| default_exp rollouts"), v4.new_markdown_cell("# Phase 2: rollouts\n\n## First *part*"),
+        v4.new_code_cell("#| export\nimport os"), v4.new_code_cell("#| slow\nplot()", outputs=[widget, figure]),
+        v4.new_markdown_cell("## [Second](lib/x.ipynb) part\n\n### Detail"),
+        v4.new_code_cell("x", outputs=[v4.new_output("stream", name="stderr", text="a message")])])
+    (folder / "02_rollouts.ipynb").write_text(json.dumps(nb))
+    return BeautifulSoup(report.write_page(folder / "02_rollouts.ipynb").read_text(), "html.parser")
+
+
+def test_a_page_has_contents_folded_code_and_ways_to_the_other_pages(phase_page):
+    assert phase_page.title.text == "Phase 2: rollouts · mine"
+    links = phase_page.select("nav.contents a")
+    assert [a.text for a in links] == ["First part", "Second part", "Detail"]
+    assert all(phase_page.find(id=a["href"][1:]) for a in links)
+    assert [a["href"] for a in phase_page.select("nav.run a")] == ["report.html", "01_sft.html", "02_rollouts.html",
+                                                                   "05_eval.html"]
+    assert [a["href"] for a in phase_page.select("footer a")] == ["01_sft.html", "05_eval.html"]
+    folds = phase_page.select("details.code")
+    assert [fold.summary.text for fold in folds] == ["imports", "code", "code", "messages"]
+    assert not any(fold.has_attr("open") for fold in folds)
+    for gone in ("default_exp", "#| slow", "pairs: 0%", "x.ipynb"): assert gone not in phase_page.text
+
+
+def test_every_figure_is_described(phase_page, page):
+    described = [img["alt"] for p in (phase_page, BeautifulSoup(page, "html.parser")) for img in p.select("img")]
+    assert described == ["Figure: First part", "Figure: Accuracy"]
+
+
+def test_pages_load_nothing_from_the_network(phase_page, page):
+    for text in (str(phase_page), page):
+        assert not re.findall(r"""(?:src|href)=["']?(?:https?:)?//|@import|url\(["']?http""", text)
+        soup = BeautifulSoup(text, "html.parser")
+        assert not soup.select("script[src], iframe, link[rel=stylesheet]")
+        assert all(link["href"] == "data:," for link in soup.select("link"))
+
+
+def test_plots_of_several_cells_are_all_shown(tmp_path):
+    "A plot that sets a style as a whole also resets what the inline backend has set, and later plots are not shown."
+    draw = "show.shares(pd.DataFrame({'name': ['sft'], 'k': 5, 'n': 9, 'low': .2, 'high': .9}), 'x', 'y')"
+    cells = [v4.new_code_cell(source) for source in ("import pandas as pd\nfrom looper_math import show", draw, draw)]
+    done = papermill.execute_notebook(v4.new_notebook(cells=cells), None, kernel_name="python3", cwd=str(ROOT),
+                                      progress_bar=False)
+    shown = [any("image/png" in output.get("data", {}) for output in cell.outputs) for cell in done.cells[-2:]]
+    assert shown == [True, True], done.cells[-1]
+
+
+def luminance(colour):
+    "Relative luminance as the accessibility guidelines define it."
+    linear = [c / 12.92 if c <= .03928 else ((c + .055) / 1.055) ** 2.4 for c in to_rgb(colour)]
+    return .2126 * linear[0] + .7152 * linear[1] + .0722 * linear[2]
+
+
+def contrast(a, b):
+    low, high = sorted((luminance(a), luminance(b)))
+    return (high + .05) / (low + .05)
+
+
+@pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
+def test_every_text_is_legible_on_its_background(theme):
+    "The colours of texts on those of the page and of its cards, with a contrast of at least 4.5."
+    css = (ROOT / "looper_math/templates/page/page.css").read_text()
+    colours = dict(re.findall(r"--([a-z]+): (#[0-9a-f]{6})", re.findall(r":root \{(.*?)\}", css, re.S)[theme]))
+    assert contrast("#767676", "#ffffff") > 4.5 > contrast("#787878", "#ffffff")
+    for text in ("text", "soft", "link", "keyword", "string", "comment", "number"):
+        assert min(contrast(colours[text], colours[ground]) for ground in ("page", "card")) >= 4.5, text
+
+
+def changes(**sides):
+    "Comparisons of dpo and sft, each higher, equal or lower."
+    values = {"higher": (.1, .001), "equal": (.02, .4), "lower": (-.1, .001)}
+    return {key: {"difference": d, "p": p, "p_holm": p, "interval": [d - .1, d + .1], "gained": 1, "lost": 1, "n": 9}
+            for key, (d, p) in ((key, values[side]) for key, side in sides.items())}
+
+
+@pytest.mark.parametrize("sides, first, flag", [
+    ({"dpo_vs_sft": "higher", "dpo_vs_control": "higher"}, "It worked: ", "04_dpo.trainer.seed=1"),
+    ({"dpo_vs_sft": "higher", "dpo_vs_control": "equal"}, "A gain, without evidence", "03_preferences.policy=capped"),
+    ({"dpo_vs_sft": "equal"}, "No evidence that it worked: ", "03_preferences.policy=capped"),
+    ({"dpo_vs_sft": "lower"}, "It did harm: ", "04_dpo.trainer.learning_rate=2.5e-05"),
+    ({"sft_vs_base": "lower", "dpo_vs_sft": "higher"}, "It worked, and no control", "04_dpo.trainer.seed=1")])
+def test_the_first_sentence_and_the_commands_follow_from_the_result(tmp_path, sides, first, flag):
+    finished(tmp_path / "mine", "platinum-11")
+    path = tmp_path / "mine/05_eval/manifest.json"
+    manifest = read_json(path)
+    manifest["metrics"]["paired"] = manifest["metrics"]["sets"]["test"]["paired"] = changes(**sides)
+    write_json(path, manifest)
+    assert report.outcome(report.summarise(tmp_path / "mine")).sentence.startswith(first)
+    steps = next_steps.next_steps(tmp_path / "mine")
+    assert len(steps) == 3 and steps[1].command == f"looper run smoke --run mine-2 -p {flag}"
+    for step in steps:
+        words = shlex.split(step.command)
+        if words[0] != "looper": continue
+        args = cli._parser().parse_args(words[1:])
+        phases = runs.phases_of(ROOT, args.recipe)
+        runs.assign([runs.read_flag(flag, phases) for flag in args.p], phases)

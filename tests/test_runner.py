@@ -56,10 +56,11 @@ assert not (Path("broken").exists() and break_at == "plot"), "the plot broke"
         """
 assert len(list(records.iter_records(inputs["pairs"]))) == 3, "pairs are missing or twice there"
 models = {m: {"correct": c, "n": 100} for m, c in (("base", 40), ("sft", 50), ("dpo", 65))}
-change = lambda gained, lost, p: {"gained": gained, "lost": lost, "p": p, "p_holm": p, "interval": [0, 1],
+change = lambda gained, lost, p: {"gained": gained, "lost": lost, "n": 100, "p": p, "p_holm": p, "interval": [0, 1],
                                   "difference": (gained - lost)/100, "sentence": f"{gained} gained."}
 test = {"models": models, "paired": {"sft_vs_base": change(15, 5, 0.041), "dpo_vs_sft": change(20, 5, 0.0041)}}
-phase.finish([], metrics=test | {"sets": {"test": test}, "sampled": {}, "warnings": []})
+warnings = ["SFT SEEMS WORSE THAN BASE"]
+phase.finish([], metrics=test | {"sets": {"test": test}, "sampled": {}, "warnings": warnings})
 """,
     ),
 }
@@ -132,13 +133,16 @@ def test_a_run_leaves_notebooks_pages_and_a_summary(done, capsys):
     assert got["pairs"] == {"correctness": 5, "coherence": 2} and set(got["seconds"]) == set(PHASES)
     assert all(s > 0 for s in got["seconds"].values())
     page = (folder / "report.html").read_text()
-    assert "65 / 100" in page and 'href="05_eval.html"' in page and "20 gained." in page
+    assert "+15.0 points" in page and 'href="05_eval.html"' in page and "looper card tiny" in page
     state = json.loads((folder / "run.json").read_text())
     assert state["recipe"] == "tiny" and state["parameters"]["03_preferences"]["seed"] == 7
 
     before = files(folder / "03_preferences") | files(folder / "01_numbers")
     run_recipe("tiny", root=done)
-    assert capsys.readouterr().out.count("done before") == 3
+    printed = capsys.readouterr().out
+    assert printed.count("done before") == 3
+    assert "It worked, and no control was compared: dpo against sft +15.0 points" in printed
+    assert "\nwarning: SFT SEEMS WORSE THAN BASE\n" in printed
     assert {p: v for p, v in files(folder).items() if p in before} == before and summary(done) == got
 
 
