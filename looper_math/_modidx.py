@@ -122,7 +122,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'looper_math.browse.first_false_place': ('lib/browse.html#first_false_place', 'looper_math/browse.py'),
                                     'looper_math.browse.page': ('lib/browse.html#page', 'looper_math/browse.py'),
                                     'looper_math.browse.page_records': ('lib/browse.html#page_records', 'looper_math/browse.py'),
-                                    'looper_math.browse.write_page': ('lib/browse.html#write_page', 'looper_math/browse.py')},
+                                    'looper_math.browse.write_browser': ('lib/browse.html#write_browser', 'looper_math/browse.py')},
             'looper_math.cards': { 'looper_math.cards._card_text': ('lib/cards.html#_card_text', 'looper_math/cards.py'),
                                    'looper_math.cards._data_files': ('lib/cards.html#_data_files', 'looper_math/cards.py'),
                                    'looper_math.cards._hub': ('lib/cards.html#_hub', 'looper_math/cards.py'),

@@ -161,7 +161,7 @@ def _add_card(commands):
 def _browse(args, root: Path):
     "`looper browse`."
     from looper_math import browse
-    print(short_path(browse.write_page(browse.find_run(args.run, root))))
+    print(short_path(browse.write_browser(browse.find_run(args.run, root))))
 
 def _add_browse(commands):
     browse = _add_command(commands, "browse", _browse, "write a page of a run's trajectories",

@@ -585,7 +585,7 @@ BROWSED = ("03_preferences", "05_eval") # phases after which the page of the tra
 def _write_browser(folder: Path):
     "Write the page of a run's trajectories and print where it is."
     from looper_math import browse  # a slow import
-    print(f"trajectories {short_path(browse.write_page(folder))}", flush=True)
+    print(f"trajectories {short_path(browse.write_browser(folder))}", flush=True)
 
 def _run_phase(root: Path, folder: Path, phase: str, changed: dict, state: dict, label: str):
     "Run a phase unless it is done, and record in `state` and `run.json` the time it took."
