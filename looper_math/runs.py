@@ -552,7 +552,7 @@ def _shown(folder: Path, label: str) -> Iterator[None]:
     console, start, stop = Console(), time.time(), threading.Event()
     line = lambda: status_line(label, time.time() - start, read_progress(folder, start))
     live = console.is_interactive
-    with console.status(Text(label)) if live else contextlib.nullcontext() as status:
+    with console.status(Text(label), refresh_per_second=4) if live else contextlib.nullcontext() as status:
         moves = lambda: status.update(Text(line(), no_wrap=True, overflow="ellipsis"))
         show = moves if live else lambda: print(line(), flush=True)
         thread = threading.Thread(target=_repeat, args=(show, LIVE_SECONDS if live else LOG_SECONDS, stop))
