@@ -13,9 +13,10 @@ from pathlib import Path
 
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, HfApi, ModelCard, ModelCardData
 
+from .progress import clock
 from .ranges import hub_name
 from .records import RecordWriter, iter_records, located, nearest, require, resolve
-from .report import clock, costs, manifests, summarise, verdict_sentences
+from .report import costs, manifests, summarise, verdict_sentences
 
 # %% ../nbs/lib/33_cards.ipynb #5e00ac8c
 _TRAINER = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "seed")

@@ -8,9 +8,10 @@ __all__ = ['BATCH_TOKENS', 'DecodingJob', 'uniforms', 'choose', 'use_grouped_att
 
 # %% ../nbs/lib/12_decoding.ipynb #aa02a3b4
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Event
 
 import numpy as np
 import torch
@@ -66,15 +67,16 @@ def choose(logits: torch.Tensor,      # shape (rows, vocabulary)
 # %% ../nbs/lib/12_decoding.ipynb #a4cf4fe3
 class _RoomyLayer(DynamicLayer):
     "One layer's keys and values in a buffer of fixed capacity; the model gets the filled part."
-    def __init__(self, capacity: int):
+    def __init__(self, capacity: int, stop: Event | None = None): # raises `CancelledError` once it is set
         super().__init__()
-        self.capacity, self.filled = capacity, 0
+        self.capacity, self.filled, self.stop = capacity, 0, stop
 
     def lazy_initialization(self, keys, values):
         super().lazy_initialization(keys, values)
         self.room = [x.new_empty(*x.shape[:2], self.capacity, x.shape[-1]) for x in (keys, values)]
 
     def update(self, keys, values, *args, **kwargs):
+        if self.stop and self.stop.is_set(): raise CancelledError # within a forward pass, which may take a minute
         if not self.is_initialized: self.lazy_initialization(keys, values)
         start, self.filled = self.filled, self.filled + keys.shape[-2]
         for room, new in zip(self.room, (keys, values)): room.narrow(2, start, keys.shape[-2]).copy_(new)
@@ -94,7 +96,7 @@ class _RoomyLayer(DynamicLayer):
         self._show_filled()
 
 # %% ../nbs/lib/12_decoding.ipynb #c6cda4a9
-def _roomy_cache(config, capacity: int) -> DynamicCache:
+def _roomy_cache(config, capacity: int, stop: Event | None = None) -> DynamicCache:
     "A cache with room for `capacity` tokens a row; raises `ValueError` if the model caches more than keys and values."
     cache = DynamicCache(config=config)
     other = {type(layer).__name__ for layer in cache.layers} - {"DynamicLayer", "DynamicSlidingWindowLayer"}
@@ -102,7 +104,7 @@ def _roomy_cache(config, capacity: int) -> DynamicCache:
         kinds = ", ".join(sorted(other)) or "none"
         raise ValueError(f"{config.model_type}: its cache has layers of kind {kinds}; the transformers engine serves "
                          "attention over keys and values only, so take engine vllm")
-    cache.layers = [_RoomyLayer(capacity) for _ in cache.layers]
+    cache.layers = [_RoomyLayer(capacity, stop) for _ in cache.layers]
     return cache
 
 # %% ../nbs/lib/12_decoding.ipynb #84501af2
@@ -150,7 +152,7 @@ def unpack_weights(model):
     model.tie_weights()
 
 # %% ../nbs/lib/12_decoding.ipynb #28619538
-def _prefill(model, jobs: list[DecodingJob], pad: int, room: int):
+def _prefill(model, jobs: list[DecodingJob], pad: int, room: int, stop: Event | None = None):
     "Run the left-padded prompts; returns cache, attention mask with `room` more columns, last logits of each prompt."
     width = max(len(j.ids) for j in jobs)
     mask = torch.ones(len(jobs), width + room, dtype=torch.long)
@@ -159,7 +161,7 @@ def _prefill(model, jobs: list[DecodingJob], pad: int, room: int):
         mask[row, :width - len(job.ids)] = 0
         tokens[row, width - len(job.ids):] = torch.tensor(job.ids)
     mask, tokens = mask.to(model.device), tokens.to(model.device)
-    cache = _roomy_cache(model.config, width + room)
+    cache = _roomy_cache(model.config, width + room, stop)
     position = (mask[:, :width].cumsum(1) - 1).clamp(min=0)
     out = model(input_ids=tokens, attention_mask=mask[:, :width], position_ids=position, past_key_values=cache,
                 logits_to_keep=1)
@@ -171,10 +173,10 @@ def _columns(jobs: list[DecodingJob], device, *names: str) -> list[torch.Tensor]
     return [torch.tensor([getattr(j, name) for j in jobs], device=device) for name in names]
 
 @torch.inference_mode()
-def _decode(model, jobs: list[DecodingJob], pad: int, ends: list[int]) -> list[list[int]]:
-    "New tokens of each job of one batch, the end token included."
+def _decode(model, jobs: list[DecodingJob], pad: int, ends: list[int], stop: Event | None = None) -> list[list[int]]:
+    "New tokens of each job of one batch, the end token included; raises `CancelledError` when `stop` is set."
     room, device = max(j.max_new_tokens for j in jobs), model.device
-    cache, mask, logits = _prefill(model, jobs, pad, room)
+    cache, mask, logits = _prefill(model, jobs, pad, room, stop)
     width = mask.shape[1] - room
     temperature, top_p, limit = _columns(jobs, device, "temperature", "top_p", "max_new_tokens")
     draws, ends = uniforms(jobs, room).to(device), torch.tensor(ends, device=device)
@@ -244,10 +246,11 @@ def decode(jobs: list[DecodingJob],
            tokens: int = BATCH_TOKENS # most tokens decoded together
           ) -> Iterator[list[tuple[int, list[int]]]]: # index of the job, its new tokens
     "Complete all jobs, batch by batch."
-    batches = cut_batches(jobs, rows, tokens)
+    batches, stop = cut_batches(jobs, rows, tokens), Event()
     with _cores(model) as cores, ThreadPoolExecutor(cores) as pool:
-        running = {pool.submit(_decode, model, [jobs[i] for i in batch], pad, ends): batch for batch in batches}
+        running = {pool.submit(_decode, model, [jobs[i] for i in batch], pad, ends, stop): batch for batch in batches}
         try:
             for future in as_completed(running): yield list(zip(running[future], future.result()))
         finally:
+            stop.set()
             for future in running: future.cancel()

@@ -9,7 +9,7 @@ __all__ = ['PROMPT_TOKENS', 'Request', 'Completion', 'tokenize', 'generation_set
 # %% ../nbs/lib/13_engines.ipynb #f374c9fe
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -78,16 +78,17 @@ def completion(request: Request, tokens: list[int], ends: list[int], tokenizer) 
 
 # %% ../nbs/lib/13_engines.ipynb #e62d5439
 def answer(requests: list[Request],
-           run,               # an engine: from jobs to lists of (index, tokens) as they finish
+           run,               # an engine: a generator function, from jobs to lists of (index, tokens) as they finish
            tokenizer, ends: list[int], context: int,
            on_done: Callable[[list[Completion]], None] | None = None # called with completions as they finish
           ) -> list[Completion]: # in the order of `requests`
     "Complete every request with an engine."
     done: dict[int, Completion] = {}
-    for finished in run(tokenize(requests, tokenizer, context)):
-        new = {i: completion(requests[i], tokens, ends, tokenizer) for i, tokens in finished}
-        done |= new
-        if on_done: on_done(list(new.values()))
+    with closing(run(tokenize(requests, tokenizer, context))) as parts: # an interrupt ends the engine's work at once
+        for finished in parts:
+            new = {i: completion(requests[i], tokens, ends, tokenizer) for i, tokens in finished}
+            done |= new
+            if on_done: on_done(list(new.values()))
     return [done[i] for i in range(len(requests))]
 
 # %% ../nbs/lib/13_engines.ipynb #7cf2b58d

@@ -18,6 +18,7 @@ from torch import distributed
 
 from . import engines, models
 from .answers import extract_answer, same_answer, with_thought
+from .progress import Progress
 from .prompts import build_prompt
 from .shards import rank_and_world
 from .stats import Paired, paired, wilson
@@ -99,16 +100,19 @@ def _token_ids(row: dict, tokenizer) -> tuple[list[int], list[int]]: # of prompt
     return tokenizer(row["prompt"]).input_ids, completion or [tokenizer.eos_token_id]
 
 # %% ../nbs/lib/17_heldout.ipynb #f9db9fdf
-def _stage_answers(base: str, adapter: Path | None, dtype: str, load_in_4bit: bool, *question_arguments) -> list[dict]:
+def _stage_answers(progress: Progress, stage: str, base: str, adapter: Path | None, dtype: str, load_in_4bit: bool,
+                   *question_arguments) -> list[dict]:
     "Answers of one stage; its model is freed when the call ends."
+    progress.report(progress.line["step"], doing=f"held-out answers of {stage}")
     with engines.opened("transformers", base, adapter, dtype, load_in_4bit=load_in_4bit) as generate:
-        return answers(generate, *question_arguments)
+        return answers(progress.counting(generate), *question_arguments)
 
-def _answers_with_kl(base: str, stages: dict[str, Path | None], dtype: str, load_in_4bit: bool, *question_arguments
-                    ) -> list[dict]: # stage by stage
+def _answers_with_kl(progress: Progress, base: str, stages: dict[str, Path | None], dtype: str, load_in_4bit: bool,
+                     *question_arguments) -> list[dict]: # stage by stage
     "Answers of every stage, each with its KL divergence from the first stage."
-    rows = {stage: _stage_answers(base, folder, dtype, load_in_4bit, *question_arguments)
+    rows = {stage: _stage_answers(progress, stage, base, folder, dtype, load_in_4bit, *question_arguments)
             for stage, folder in stages.items()}
+    progress.report(progress.line["steps"], doing="KL divergence of held-out answers")
     model, tokenizer = load_all_adapters(base, stages, dtype, load_in_4bit), models.load_tokenizer(base)
     adapters = [stage if folder else None for stage, folder in stages.items()]
     kls = [token_kl(model, adapter, adapters[0], [_token_ids(row, tokenizer) for row in rows[stage]])
@@ -130,12 +134,15 @@ def trace(base: str, # folder or hub name
           template: str,
           dtype: str = "auto",
           max_new_tokens: int = 256,
-          load_in_4bit: bool = False
+          load_in_4bit: bool = False,
+          folder: Path | None = None # of the training, whose phase shows the progress
          ) -> pd.DataFrame: # a row for each stage and question: `answers`, with `stage` and `kl`
     "Answers of every stage to the questions, and the KL divergence of each answer from the first stage."
     rank, world = rank_and_world()
     share, options = questions[rank::world], (dtype, load_in_4bit)
-    rows = _of_all_processes(_answers_with_kl(base, stages, *options, share, template, max_new_tokens) if share else [])
+    progress = Progress(folder, "held-out answers", len(stages) * len(share))
+    rows = _answers_with_kl(progress, base, stages, *options, share, template, max_new_tokens) if share else []
+    rows = _of_all_processes(rows)
     names, ids = list(stages), [q["question_id"] for q in questions]
     return pd.DataFrame(sorted(rows, key=lambda row: (names.index(row["stage"]), ids.index(row["question_id"]))))
 

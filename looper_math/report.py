@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['manifests', 'summarise', 'accuracies', 'intervals', 'comparisons', 'heading', 'verdict_sentences', 'Outcome',
-           'outcome', 'clock', 'costs', 'sample_table', 'parameter_details', 'pages_of', 'write_page', 'write_report',
+           'outcome', 'costs', 'sample_table', 'parameter_details', 'pages_of', 'write_page', 'write_report',
            'differing_parameters', 'compare_runs']
 
 # %% ../nbs/lib/32_report.ipynb #e24e5630
@@ -119,10 +119,6 @@ def outcome(summary: dict) -> Outcome:
                    f"{headline or _HEADLINES[side]}: {model} {numbers}, n = {n:,} questions.")
 
 # %% ../nbs/lib/32_report.ipynb #2da53c1f
-def clock(seconds: float) -> str: # `47.2 s` or `3 min 05 s`
-    "A duration in words."
-    return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds)//60} min {int(seconds)%60:02} s"
-
 def _tokens(folder: Path, phase: str, counts: dict) -> int | None:
     "Tokens that a phase generated or trained on, from its manifest or its trainer's log."
     if "tokens" in counts: return counts["tokens"]

@@ -9,8 +9,7 @@ __all__ = ['Key', 'WINDOW', 'write_records', 'Shards', 'gather', 'complete', 'sp
 # %% ../nbs/lib/10_shards.ipynb #b84e3594
 import heapq
 import os
-import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from .progress import Progress
 from .records import RecordError, RecordWriter, read_json, read_records, read_sealed, seal
 
 # %% ../nbs/lib/10_shards.ipynb #f0c9f16c
@@ -148,16 +148,27 @@ def _writers(tasks: list[Task]) -> Iterator[dict[Path, RecordWriter]]: # by fina
         open_shard = lambda s: stack.enter_context(RecordWriter(s.shard_of(rank_and_world()[0])))
         yield {final: open_shard(s) for final, s in files.items()}
 
+def _verdicts(records: list[dict]) -> list[bool]:
+    "Which answers of some records are right: a record is an answer, or holds trajectories."
+    answers = [answer for record in records for answer in record.get("trajectories", [record])]
+    return [answer["correct"] for answer in answers if "correct" in answer]
+
 @contextmanager
-def _progress(total: int) -> Iterator[Callable]: # called with completions
-    "A bar that counts completions, with the rate of tokens."
-    tokens, start = 0, time.perf_counter()
+def _progress(tasks: list[Task], total: int) -> Iterator[Callable]: # called with completions, and file → its records
+    "A bar that counts completions, with the rate of tokens; the phase's progress file has the newest file's accuracy."
+    progress = Progress(tasks[0].files.final if tasks else None, "completions", total)
+    right, answers = Counter(), Counter()
     with tqdm(total=total, desc="completions") as bar:
-        def count(completions):
-            nonlocal tokens
-            tokens += sum(c.num_tokens for c in completions)
+        def count(completions, made):
+            values = {}
+            for final, records in made.items():
+                right.update({final: sum(_verdicts(records))})
+                answers.update({final: len(_verdicts(records))})
+                accuracy = right[final] / answers[final] if answers[final] else None
+                values = {"doing": f"completions of {final.stem}", "accuracy": accuracy}
+            progress.count(completions, **values)
             bar.update(len(completions))
-            bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):.0f} tokens/s")
+            bar.set_postfix_str(f"{progress.line['tokens_per_second']:.0f} tokens/s")
         yield count
 
 def append(generate: Callable, # called with requests and with `on_done`, as `engines.opened` gives it
@@ -166,7 +177,7 @@ def append(generate: Callable, # called with requests and with `on_done`, as `en
     groups = [(t, requests) for t in tasks for requests in t.requests.values()]
     owner = {r.id: k for k, (_, requests) in enumerate(groups) for r in requests}
     waiting, completions = [len(requests) for _, requests in groups], {}
-    with _writers(tasks) as writers, _progress(len(owner)) as count:
+    with _writers(tasks) as writers, _progress(tasks, len(owner)) as count:
         def on_done(finished):
             completions.update({c.id: c for c in finished})
             for c in finished: waiting[owner[c.id]] -= 1
@@ -175,7 +186,7 @@ def append(generate: Callable, # called with requests and with `on_done`, as `en
                 if waiting[k]: continue
                 task, requests = groups[k]
                 record = task.make(task.question, requests, [completions.pop(r.id) for r in requests])
-                made[task.files.final].append(seal(record))
-            for final, records in made.items(): writers[final].append(records)
-            count(finished)
+                made[task.files.final].append(record)
+            for final, records in made.items(): writers[final].append([seal(record) for record in records])
+            count(finished, made)
         generate([r for _, requests in groups for r in requests], on_done=on_done)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEDULERS', 'REPORTS', 'OURS', 'precision', 'TrainerOptions', 'read_accelerate', 'TrainingSettings',
-           'trainer_arguments', 'one_device', 'trainer_config', 'GradientCheck', 'log_line', 'is_first_process',
-           'SaveSteps', 'LogLines', 'damage', 'checkpoints', 'last_checkpoint', 'train', 'history', 'heldout_questions',
+           'trainer_arguments', 'one_device', 'trainer_config', 'GradientCheck', 'log_line', 'SaveSteps', 'LogLines',
+           'ReportProgress', 'damage', 'checkpoints', 'last_checkpoint', 'train', 'history', 'heldout_questions',
            'epoch_stages', 'update_stages', 'evaluate_checkpoints', 'finish', 'heldout_verdict']
 
 # %% ../nbs/lib/16_training.ipynb #bfac8710
@@ -32,6 +32,7 @@ from transformers.utils import is_torch_tf32_available
 
 from . import heldout, launch, models, ranges
 from .data import check_disjoint, check_source, load_questions
+from .progress import Progress, is_first_process
 from .prompts import build_prompt
 from .records import Phase, RecordError, SettingsError, read_json, require, resolve
 
@@ -255,10 +256,6 @@ def log_line(step: int, steps: int, # the update, and how many there will be
     parts = [form.format(logs[name]) for name, form in formats.items() if name in logs]
     return " | ".join([f"step {step}/{steps}", *parts])
 
-def is_first_process() -> bool:
-    "Whether this process is the launcher's first, or the only one: the one that writes."
-    return int(os.environ.get("RANK", 0)) == 0
-
 class SaveSteps(TrainerCallback):
     "Save a checkpoint after every `save_steps` updates too, where one is saved after every epoch."
     def on_step_end(self, args, state, control, **kwargs):
@@ -269,6 +266,21 @@ class LogLines(TrainerCallback):
     "Print `log_line` at every logged update, on the first process."
     def on_log(self, args, state, control, logs, **kwargs):
         if "loss" in logs and is_first_process(): print(log_line(state.global_step, state.max_steps, logs), flush=True)
+
+class ReportProgress(TrainerCallback):
+    "Write updates, loss and tokens into the phase's progress file."
+    def __init__(self, folder: str | Path): self.folder = Path(folder) # of the training
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.progress = Progress(self.folder, f"training of {self.folder.name}", state.max_steps, state.global_step)
+        self.tokens = state.num_input_tokens_seen # in earlier sessions
+
+    def on_step_end(self, args, state, control, **kwargs): self.progress.report(state.global_step)
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        values = {"loss": logs["loss"]} if "loss" in logs else {}
+        if "num_tokens" in logs: values["tokens"] = int(logs["num_tokens"]) - self.tokens
+        self.progress.report(state.global_step, **values)
 
 # %% ../nbs/lib/16_training.ipynb #7ad64de3
 _NEEDED = ("adapter_config.json", "adapter_model.safetensors", "optimizer*", "scheduler.pt", "rng_state*.pth",
@@ -322,7 +334,7 @@ def last_checkpoint(folder: str | Path, model) -> Path | None: # none when there
 
 def train(trainer, folder: str | Path) -> pd.DataFrame | None: # what was logged; none on all processes but the first
     "Train, from the last whole checkpoint in `folder` if there is one, and save the adapter there."
-    for callback in (GradientCheck, SaveSteps, LogLines): trainer.add_callback(callback)
+    for callback in (GradientCheck, SaveSteps, LogLines, ReportProgress(folder)): trainer.add_callback(callback)
     trainer.remove_callback(ProgressCallback)   # it prints the same as a dictionary
     checkpoint = last_checkpoint(folder, trainer.model)
     if checkpoint:   # of a checkpoint that also holds DPO's reference, the trainer would load the reference alone
@@ -395,7 +407,8 @@ def evaluate_checkpoints(
     stages, others = stages_of(folder), _other_stages(s.keep, beside or {})
     first, kept = next(iter(start)), list(stages)[-1]
     everything = start | stages | {stage: path for other in others.values() for stage, path in other.items()}
-    answers = heldout.trace(s.base, everything, questions, s.layout, s.dtype, s.max_new_tokens, s.load_in_4bit)
+    answers = heldout.trace(s.base, everything, questions, s.layout, s.dtype, s.max_new_tokens, s.load_in_4bit,
+                            folder)
     if s.keep == "best":
         kept = heldout.best_stage(answers, list(stages))
         _copy_best(answers, {folder: stages} | {beside[title]: other for title, other in others.items()})

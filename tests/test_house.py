@@ -15,6 +15,7 @@ from looper_math.runs import assign, parameters_of, phases_of, read_recipe, reci
 # each other.
 FLOORS = [
     {"answers", "records"},
+    {"progress"},
     {"launch", "ledger", "pages", "prompts", "ranges", "shards", "stats"},
     {"regime_w", "grading", "data", "eval_models"},
     {"compare", "pocket"},
@@ -62,7 +63,7 @@ def test_imports_run_one_way(module):
     assert not wrong, f"{module} imports {wrong}, which stand beside or above it"
 
 
-LIGHT = ("answers", "cli", "launch", "ledger", "plan", "prompts", "ranges", "regime_w", "runs")
+LIGHT = ("answers", "cli", "launch", "ledger", "plan", "progress", "prompts", "ranges", "regime_w", "runs")
 
 
 @pytest.mark.parametrize("module", [m for m in LIGHT if m in MODULES])

@@ -6,6 +6,7 @@ import pytest
 from conftest import RUN, SMALL, kill_when, papermill, small, start
 from safetensors.torch import load_file
 
+from looper_math.progress import read_progress
 from looper_math.records import read_json, read_records, run_folder
 
 
@@ -43,7 +44,7 @@ def test_dpo_alone_and_after_a_kill(small_run):
     done = papermill("04_dpo", small_run / "04_dpo.ipynb")
     assert done.returncode == 0, done.stderr[-3000:]
     unbroken = load_file(small_run / "04_dpo" / "adapter" / "adapter_model.safetensors")
-    metrics = read_json(small_run / "04_dpo" / "manifest.json")["metrics"]
+    counts, metrics = (read_json(small_run / "04_dpo" / "manifest.json")[name] for name in ("counts", "metrics"))
     assert abs(metrics["step_zero"]["reward of chosen"]) < .1
     assert metrics["least_gradient_norm"] > 0 and metrics["adapter_moved_by"] > 0
 
@@ -56,8 +57,11 @@ def test_dpo_alone_and_after_a_kill(small_run):
     process = start("dpo", "DPOSettings", "main", small("04_dpo", run=other.name, **inputs))
     kill_when(process, lambda: any(adapter.glob("checkpoint-*/trainer_state.json")))
     assert not (other / "04_dpo" / "manifest.json").exists()
+    left = read_progress(other / "04_dpo")
+    assert left["doing"] == "training of adapter" and left["steps"] == counts["updates"]
     again = papermill("04_dpo", other / "04_dpo.ipynb", run=other.name, **inputs)
     assert again.returncode == 0, again.stderr[-3000:]
+    assert not read_progress(other / "04_dpo")   # of a finished phase
     resumed = load_file(adapter / "adapter_model.safetensors")
     assert unbroken.keys() == resumed.keys()
     assert max((unbroken[k] - resumed[k]).abs().max().item() for k in unbroken) < 1e-5

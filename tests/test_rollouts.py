@@ -6,12 +6,15 @@ import os
 import random
 import resource
 import shutil
+import signal
 import time
+from pathlib import Path
 
 import pytest
-from conftest import RUN
+from conftest import RUN, small, start as start_alone
 
 from looper_math import engines, preferences, rollouts, shards
+from looper_math.progress import read_progress
 from looper_math.prompts import arms
 from looper_math.records import ROOT, RecordError, RunConflict, read_json, read_records, run_folder, seal
 from looper_math.runs import parameters_of
@@ -87,12 +90,43 @@ def test_ten_kills_at_random_moments(random_adapter, unbroken):
             process.kill()
             process.join()
             kills += 1
-            written.append(sum(path.read_bytes().count(b"\n") for path in s.folder.glob("*.jsonl")))
+            written.append(sum(path.read_bytes().count(b"\n") for path in s.folder.glob("[!p]*.jsonl")))
         else:
             assert process.exitcode == 0 and s.path.read_bytes() == expected
             shutil.rmtree(s.folder)
     assert finish(s) == expected
     remove(run_folder(s.run))
+
+
+def cpu_seconds(pid: int) -> float:
+    "What a process has computed so far."
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_an_interrupt_stops_at_once():
+    """Although a batch is being computed that takes longer; what the phase was doing stays in its folder.
+
+    Seconds of the CPU are counted, since other programs may use it too."""
+    run = run_folder(f"{RUN}-interrupted")
+    remove(run)
+    ended = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+    process = start_alone("rollouts", "RolloutSettings", "run_phase",
+                          small("02_rollouts", run=run.name, adapter="none", limit=400))
+    while not (run / "02_rollouts/progress.jsonl").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(.05)
+    begun = cpu_seconds(process.pid)
+    while cpu_seconds(process.pid) < begun + 1: time.sleep(.05)   # in the first batch
+    begun = cpu_seconds(process.pid)
+    process.send_signal(signal.SIGINT)
+    err = process.communicate(timeout=60)[1]
+    assert sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - ended - begun < 3
+    assert "Interrupted: stopped; nothing of 02_rollouts is kept; run the phase again" in err
+    assert "concurrent" not in err and "_decode" not in err
+    line = read_progress(run / "02_rollouts")
+    assert (line["doing"], line["step"], line["steps"]) == ("completions", 0, 400 * 11)
+    remove(run)
 
 
 def test_a_lost_shard_and_a_torn_line_cost_only_their_own_records(random_adapter, unbroken):

@@ -1,7 +1,9 @@
 "The runner and the launcher, on a project of three tiny phases in a temporary folder."
+import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -455,11 +457,11 @@ def test_a_dead_kernel_is_reported(fresh):
         run_recipe("tiny", last="03", flags=("break_at=kernel",), root=fresh)
 
 
-def popen(root, *flags, stderr=subprocess.STDOUT, token=""):
+def popen(root, *flags, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, token=""):
     "A runner of the recipe tiny in a process group of its own, with a token in the environment of all that it starts."
     code = "import pathlib, sys; from looper_math.cli import looper; looper(sys.argv[2:], pathlib.Path(sys.argv[1]))"
     call = [sys.executable, "-c", code, str(root), "run", "tiny", *flags]
-    return subprocess.Popen(call, stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True,
+    return subprocess.Popen(call, stdout=stdout, stderr=stderr, text=True, start_new_session=True,
                             env=os.environ | {"RUNNER_OF_THE_TEST": token})
 
 
@@ -543,6 +545,49 @@ launch.launch("tiny_phase", tiny_phase.Settings(str(phase.folder), wait=60.), n_
     sentence, out = interrupt(p)
     assert p.returncode == 130 and "stopped; nothing of 01_numbers is kept" in sentence and "Traceback" not in out
     assert not processes_with(token)
+
+
+def reporting(root):
+    "Makes the recipe tiny one phase that reports its progress for four seconds."
+    body = """
+from looper_math.progress import Progress
+work = Progress(phase.folder/"numbers.json", "training of numbers", 40)
+for step in range(1, 41):
+    time.sleep(.1)
+    work.report(step, loss=1 / step, tokens=100 * step)
+phase.finish([])"""
+    write_phase(root, "01_numbers", *PHASES["01_numbers"][:2], "{}", body)
+    (root / "nbs/recipes/tiny/phases.yaml").write_text("[01_numbers]\n")
+
+
+def test_progress_in_a_log(fresh, capsys, monkeypatch):
+    "Plain lines between the two that were there before; the file is gone when the phase is finished."
+    reporting(fresh)
+    monkeypatch.setattr(runs, "LOG_SECONDS", .5)
+    looper(["run", "tiny"], fresh)
+    lines = capsys.readouterr().out.splitlines()
+    shown = [k for k, line in enumerate(lines) if "training of numbers" in line]
+    took = [k for k, line in enumerate(lines) if line.startswith("[1/1] 01_numbers  took")]
+    assert lines[0].endswith("  runs") and took[0] > shown[-1]
+    form = r"\[1/1\] 01_numbers  [0-9.]+ s: training of numbers [0-9]+/40, loss [0-9.]+, [0-9,]+ tokens/s"
+    assert len(shown) > 3 and re.fullmatch(form, lines[shown[-1]])
+    assert not (fresh / "outputs/tiny/01_numbers/progress.jsonl").exists()
+
+
+def test_progress_on_a_terminal(fresh):
+    "One line that is written again and again, and is gone in the end."
+    reporting(fresh)
+    ours, theirs = os.openpty()
+    p = popen(fresh, stdout=theirs)
+    os.close(theirs)
+    printed = b""
+    with contextlib.suppress(OSError):   # the terminal's end
+        while part := os.read(ours, 65536): printed += part
+    assert p.wait(60) == 0
+    lines = printed.decode().split("\n")
+    moving = [line for line in lines if "training of numbers" in line]
+    assert len(moving) == 1 and len(set(re.findall("training of numbers [0-9]+/40", moving[0]))) > 2
+    assert [line for line in lines if "  took" in line]
 
 
 def test_saved_answers_of_an_evaluation(tmp_path):
