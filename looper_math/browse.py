@@ -102,7 +102,7 @@ def _question(record: dict, rules: PairRules) -> dict:
             "candidates": candidates, "solutions": _trajectories(record)}
 
 # %% ../nbs/lib/40_browse.ipynb #40234066
-MOST_SOLUTIONS = 12_000 # the largest number of solutions of a view: 3 MB, where a solution has 200 tokens
+MOST_SOLUTIONS = 16_000 # the largest number of solutions of a view: 4 MB, where a solution has 200 tokens
 
 def _evenly(questions: list[dict], field: str, # that holds the solutions
             limit: int) -> list[dict]:
