@@ -5,7 +5,8 @@ from latex2mathml.converter import convert
 project = "Looper-Math"
 extensions = ["myst_nb", "sphinx_external_toc"]
 external_toc_path = "../.ci/site/toc.yml"
-exclude_patterns = ["**/.ipynb_checkpoints", "recipes", "accelerate", "images", "report.ipynb"]   # the last is empty without a run
+# report.ipynb is empty without a run
+exclude_patterns = ["**/.ipynb_checkpoints", "recipes", "accelerate", "images", "report.ipynb"]
 html_theme = "furo"
 html_title = "Looper-Math"
 html_math_renderer = "mathml"
