@@ -18,6 +18,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig
 
 from . import ranges
 from .data import OWN, own_solutions
+from .progress import Progress
 from .records import RecordError, read_records, require, resolve
 
 # %% ../nbs/lib/22_dpo_trainer.ipynb #26a55040
@@ -83,6 +84,18 @@ def _with_lengths(rows: Dataset) -> Dataset:
     columns = zip(rows["prompt_ids"], rows["chosen_ids"], rows["rejected_ids"])
     return rows.add_column("length", [len(p) + max(len(c), len(r)) for p, c, r in columns])
 
+class _ReportingTrainer(DPOTrainer):
+    "TRL's trainer, which reports how many pairs its reference has scored before training."
+    def __init__(self, *args, progress: Progress | None, **kwargs):
+        self.progress = progress
+        super().__init__(*args, **kwargs)
+        self.progress = None
+
+    def compute_ref_log_probs(self, model, inputs):
+        result = super().compute_ref_log_probs(model, inputs)
+        if self.progress: self.progress.report(self.progress.line["step"] + len(result[0]))
+        return result
+
 def _same_precision(model, config: DPOConfig) -> torch.autocast:
     "The arithmetic of training for log-probabilities that are computed before it; TRL computes LoRA in float32 there."
     kind = torch.float16 if config.fp16 else torch.bfloat16
@@ -95,8 +108,10 @@ def make_dpo_trainer(model, # the base with the adapter to start from, trainable
     "TRL's trainer for the adapter, with a frozen copy of it as the reference."
     rows = Dataset.from_json(str(resolve(pairs)), cache_dir=str(cache))
     rows = rows.select_columns(["prompt", "chosen", "rejected"])
+    steps, scored = -(-len(rows) // config.world_size), None
+    if config.precompute_ref_log_probs: scored = Progress(cache, "log-probabilities of the reference", steps)
     with _same_precision(model, config):
-        trainer = DPOTrainer(model, args=config, train_dataset=rows, processing_class=tokenizer)
+        trainer = _ReportingTrainer(model, args=config, train_dataset=rows, processing_class=tokenizer, progress=scored)
     trainer.train_dataset = _with_lengths(trainer.train_dataset)
     tokens = [len(row) for side in ("chosen_ids", "rejected_ids") for row in trainer.train_dataset[side]]
     trainer.add_callback(StepZero(config.beta, tolerance(config, sum(tokens) / len(tokens))))
