@@ -8,6 +8,7 @@ __all__ = ['PAIR', 'LOSSES', 'DPO_OPTIONS', 'REFERENCE', 'SHARED', 'CONTROL_EPOC
            'control_repeats', 'displacement', 'log_metrics']
 
 # %% ../nbs/lib/22_dpo_trainer.ipynb #9d654e59
+import math
 from pathlib import Path
 
 import pandas as pd
@@ -75,8 +76,9 @@ class StepZero(TrainerCallback):
 def tolerance(config: DPOConfig,
               tokens: float # of a completion, on average
              ) -> float: # nats
-    "How far the mean log-ratio of two equal models may be from 0: rounding grows with the completion."
-    return tokens * (4e-3 if config.bf16 or config.fp16 else 2e-5)
+    "How far the mean log-ratio of two equal models may be from 0 in an update."
+    pairs = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+    return .25 * math.sqrt(tokens / pairs) if config.bf16 or config.fp16 else 1e-3
 
 # %% ../nbs/lib/22_dpo_trainer.ipynb #23c8e2b3
 def _with_lengths(rows: Dataset) -> Dataset:
