@@ -76,7 +76,8 @@ def seconds_left(line: dict # as `read_progress` returns it
     "The seconds that the rest of the steps takes at the rate of this session."
     done = line["step"] - line["first"]
     if done < STEPS or line["seconds"] < STEPS: return None
-    return max(0., line["seconds"] / done * (line["steps"] - line["step"]) - line.get("age", 0.))
+    left = line["seconds"] / done * (line["steps"] - line["step"]) - line.get("age", 0.)
+    return left if left > 0 else None
 
 def clock(seconds: float) -> str: # `47.2 s` or `3 min 05 s`
     "A duration in words."
