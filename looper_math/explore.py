@@ -93,7 +93,7 @@ class Exploration(RunFiles):
         super().__init__(folder)
         self._scored = lru_cache(2)(self._score) # comparisons ask for the same reward again
 
-    def __repr__(self) -> str: return f"Exploration of {self.folder}: {', '.join(self.parts) or 'nothing yet'}"
+    def __repr__(self) -> str: return f"Exploration of {self.name}: {', '.join(self.parts) or 'nothing yet'}"
 
     @cached_property
     def records(self) -> list[dict]:
