@@ -160,8 +160,8 @@ def _add_card(commands):
 # %% ../nbs/lib/43_cli.ipynb #1bb7c8ef
 def _browse(args, root: Path):
     "`looper browse`."
-    from looper_math import browse
-    print(short_path(browse.write_browser(browse.find_run(args.run, root))))
+    from looper_math import browse, explore
+    print(short_path(browse.write_browser(explore.load(root/"outputs"/args.run).folder)))
 
 def _add_browse(commands):
     browse = _add_command(commands, "browse", _browse, "write a page of a run's trajectories",

@@ -16,7 +16,7 @@ import pandas as pd
 from IPython import get_ipython
 from IPython.display import display
 
-from . import models, show
+from . import show
 from .changes import Changes, answer_changes, pair_changes
 from .pairs import PairRules, build_pairs_report, pair_table, read_rollouts
 from .records import Phase, RunConflict, nearest, read_json, read_records, require, resolve, run_folder
@@ -138,6 +138,7 @@ class Exploration(RunFiles):
         scored = self._scored(reweighted(preset or self.preset, weights or {}))
         rules = self.rules | rules
         if "template" in rules:
+            from looper_math import models  # a slow import
             rules["template"] = models.prompt_template(self.scoring.get("base", ""), rules["template"])
         pairs, counts = build_pairs_report(scored, **rules)
         return pair_frame(pairs, scored, counts)
