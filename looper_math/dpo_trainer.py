@@ -110,10 +110,11 @@ def make_dpo_trainer(model, # the base with the adapter to start from, trainable
     "TRL's trainer for the adapter, with a frozen copy of it as the reference."
     rows = Dataset.from_json(str(resolve(pairs)), cache_dir=str(cache))
     rows = rows.select_columns(["prompt", "chosen", "rejected"])
-    steps, scored = -(-len(rows) // config.world_size), None
-    if config.precompute_ref_log_probs: scored = Progress(cache, "log-probabilities of the reference", steps)
+    steps, progress = -(-len(rows) // config.world_size), None
+    if config.precompute_ref_log_probs: progress = Progress(cache, "log-probabilities of the reference", steps)
     with _same_precision(model, config):
-        trainer = _ReportingTrainer(model, args=config, train_dataset=rows, processing_class=tokenizer, progress=scored)
+        trainer = _ReportingTrainer(model, args=config, train_dataset=rows, processing_class=tokenizer,
+                                    progress=progress)
     trainer.train_dataset = _with_lengths(trainer.train_dataset)
     tokens = [len(row) for side in ("chosen_ids", "rejected_ids") for row in trainer.train_dataset[side]]
     trainer.add_callback(StepZero(config.beta, tolerance(config, sum(tokens) / len(tokens))))
