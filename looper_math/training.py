@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SCHEDULERS', 'REPORTS', 'OURS', 'precision', 'TrainerOptions', 'read_accelerate', 'TrainingSettings',
-           'trainer_arguments', 'one_device', 'trainer_config', 'GradientCheck', 'log_line', 'SaveSteps', 'LogLines',
-           'ReportProgress', 'damage', 'checkpoints', 'last_checkpoint', 'train', 'history', 'heldout_questions',
-           'epoch_stages', 'update_stages', 'evaluate_checkpoints', 'finish', 'heldout_verdict']
+           'trainer_arguments', 'one_device', 'score_labels_only', 'trainer_config', 'GradientCheck', 'log_line',
+           'SaveSteps', 'LogLines', 'ReportProgress', 'damage', 'checkpoints', 'last_checkpoint', 'train', 'history',
+           'heldout_questions', 'epoch_stages', 'update_stages', 'evaluate_checkpoints', 'finish', 'heldout_verdict']
 
 # %% ../nbs/lib/16_training.ipynb #bfac8710
 import gc
@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import ProgressCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 from transformers.utils import is_torch_tf32_available
+from trl.trainer import utils as trl_utils
 
 from . import heldout, launch, models, ranges
 from .data import check_disjoint, check_source, load_questions
@@ -220,12 +221,17 @@ def one_device(config):
     if config.n_gpu > 1: config._n_gpu = 1
     return config
 
+def score_labels_only():
+    "Let TRL compute log-probabilities of labelled tokens only, on a CPU as on a GPU."
+    trl_utils._use_triton = lambda device: True   # TRL asks this function only for the positions to score
+
 def trainer_config(config: type, # such as `SFTConfig`
                    s: TrainingSettings, folder: str | Path, rows: int,
                    **options # that differ from `trainer_arguments`
                   ): # an instance of `config`, for one device
     "TRL's config of a training; from here on tokenizing shows no progress bars, which would fill the page."
     disable_progress_bars()
+    score_labels_only()
     return one_device(config(**trainer_arguments(s, folder, rows) | options))
 
 # %% ../nbs/lib/16_training.ipynb #582a333c
