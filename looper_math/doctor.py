@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Finding', 'line', 'NotChecked', 'attempt', 'Demand', 'demand_of', 'Gpu', 'ask_nvidia_smi', 'read_gpus', 'Host',
            'read_host', 'check_driver', 'check_torch', 'check_gpus', 'check_gpu_memory', 'check_memory', 'check_shm',
-           'check_disk', 'check_allocator', 'compile_c', 'check_compiler', 'check_locks', 'read_questions',
-           'check_overlaps', 'ask_hub', 'check_hub', 'check_revision', 'weights_of', 'base_findings',
-           'tokenizer_findings', 'serve_adapter', 'check_adapter_path', 'diagnose']
+           'check_disk', 'compile_c', 'check_compiler', 'check_locks', 'read_questions', 'check_overlaps', 'ask_hub',
+           'check_hub', 'check_revision', 'weights_of', 'base_findings', 'tokenizer_findings', 'serve_adapter',
+           'check_adapter_path', 'diagnose']
 
 # %% ../nbs/lib/37_doctor.ipynb #6d958925
 import contextlib
@@ -140,7 +140,6 @@ class Host:
     visible: str | None # CUDA_VISIBLE_DEVICES
     memory: int # bytes that processes may still take
     shm: int # free bytes of /dev/shm
-    allocator: str = "" # the library in place of the C library's malloc, empty for none
 
     @property
     def usable(self) -> list[Gpu]:
@@ -156,19 +155,13 @@ def _memory() -> int:
     if not limit.exists() or not (text := limit.read_text().strip()).isdigit(): return available
     return min(available, int(text) - int(limit.with_name("memory.current").read_text()))
 
-def _allocator(maps: Path = Path("/proc/self/maps")) -> str:
-    "The library that replaces malloc in this process, empty for none."
-    files = {Path(line.split()[-1]).name for line in maps.read_text().splitlines()} if maps.exists() else set()
-    return next((f for f in sorted(files) if f.startswith(("libjemalloc.so", "libtcmalloc", "libmimalloc"))), "")
-
 def read_host() -> Host:
     "This machine."
     try: gpus, reason = read_gpus(ask_nvidia_smi()), ""
     except OSError as e: gpus, reason = [], str(e)
     shm = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else 0
     return Host(gpus, reason or ("" if gpus else "nvidia-smi lists none"), torch.__version__, torch.version.cuda,
-                cuda_problem(), os.environ.get("CUDA_VISIBLE_DEVICES"), _memory(), shm,
-                _allocator())
+                cuda_problem(), os.environ.get("CUDA_VISIBLE_DEVICES"), _memory(), shm)
 
 # %% ../nbs/lib/37_doctor.ipynb #3bb0c08d
 _DRIVERS = {11: 450, 12: 525, 13: 580} # CUDA → oldest driver
@@ -238,18 +231,6 @@ def check_disk(what: str, place: Path, need: int, # bytes
     there = next(p for p in (place, *place.parents) if p.exists())
     return _judged(what, free(there) >= need, f"{_size(free(there))} free at {there}", _size(need),
                    "delete old runs or models there, or put the folder on another disk")
-
-# %% ../nbs/lib/37_doctor.ipynb #7f0c22a2
-_KEEP = ("apt-get install libjemalloc2, and start with LD_PRELOAD=libjemalloc.so.2 "
-         "MALLOC_CONF=dirty_decay_ms:-1,muzzy_decay_ms:-1,narenas:1,oversize_threshold:0")
-
-def check_allocator(host: Host, demand: Demand, weights: int) -> Finding: # bytes of the base
-    "Whether training a large base on the CPU would spend its time on getting memory from the system."
-    what = "memory allocator"
-    if demand.gpus or not host.problem or weights < .2 * _GB:
-        return Finding(what, "ok", host.allocator or "the C library's; this recipe needs no other")
-    return _judged(what, bool(host.allocator), host.allocator or "the C library's",
-                   "one that keeps freed memory, for a faster training on the CPU", _KEEP, "warning")
 
 # %% ../nbs/lib/37_doctor.ipynb #0eb23d70
 _SOURCE = "#include <Python.h>\nint looper(void) { return PY_MAJOR_VERSION; }\n"
@@ -535,7 +516,6 @@ def _check_model(name: str, recipe: str, host: Host, demand: Demand, root: Path)
     size = count * models.pick_dtype(demand.parameter("dtype", "auto")[0]).itemsize
     yield check_gpu_memory(host, demand, size)
     yield check_memory(host, demand, size)
-    yield check_allocator(host, demand, size)
     # A checkpoint, LoRA of rank 16 with the moments of Adam, has about 0.07 bytes a weight; a run keeps about ten.
     yield check_disk("disk of the runs", root/"outputs", count + _GB)
     yield from tokenizer_findings(folder)

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['SCHEDULERS', 'REPORTS', 'OURS', 'precision', 'TrainerOptions', 'read_accelerate', 'TrainingSettings',
-           'trainer_arguments', 'one_device', 'score_labels_only', 'trainer_config', 'GradientCheck', 'log_line',
-           'SaveSteps', 'LogLines', 'ReportProgress', 'damage', 'checkpoints', 'last_checkpoint', 'train', 'history',
-           'heldout_questions', 'epoch_stages', 'update_stages', 'evaluate_checkpoints', 'finish', 'heldout_verdict']
+           'trainer_arguments', 'one_device', 'score_labels_only', 'trainer_config', 'keep_freed_memory',
+           'return_freed_memory', 'FreedMemory', 'GradientCheck', 'log_line', 'SaveSteps', 'LogLines', 'ReportProgress',
+           'damage', 'checkpoints', 'last_checkpoint', 'train', 'history', 'heldout_questions', 'epoch_stages',
+           'update_stages', 'evaluate_checkpoints', 'finish', 'heldout_verdict']
 
 # %% ../nbs/lib/16_training.ipynb #bfac8710
+import ctypes
 import gc
 import importlib.util
 import math
@@ -234,6 +236,32 @@ def trainer_config(config: type, # such as `SFTConfig`
     score_labels_only()
     return one_device(config(**trainer_arguments(s, folder, rows) | options))
 
+# %% ../nbs/lib/16_training.ipynb #6d2f40b2
+_MMAP_MAX, _TRIM_THRESHOLD, _TOP_PAD = -4, -1, -2   # numbers of mallopt's options in malloc.h
+
+def keep_freed_memory(keep: bool):
+    "Let this process keep the memory that it frees, or return to the C library's defaults; without effect elsewhere."
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "mallopt"): return   # not glibc
+    values = {_MMAP_MAX: 0, _TRIM_THRESHOLD: -1, _TOP_PAD: 2**26} if keep else {
+        _MMAP_MAX: 65536, _TRIM_THRESHOLD: 2**17, _TOP_PAD: 2**17}
+    for option, value in values.items(): library.mallopt(option, value)
+    if not keep: return_freed_memory()
+
+def return_freed_memory():
+    "Return freed memory to the system."
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"): library.malloc_trim(0)
+
+class FreedMemory(TrainerCallback):
+    "On the CPU, keep freed memory within an update and return it after each."
+    def on_train_begin(self, args, state, control, **kwargs): keep_freed_memory(args.device.type == "cpu")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.device.type == "cpu": return_freed_memory()
+
+    def on_train_end(self, args, state, control, **kwargs): keep_freed_memory(False)
+
 # %% ../nbs/lib/16_training.ipynb #582a333c
 class GradientCheck(TrainerCallback):
     "Raise `RuntimeError` before the first update if no LoRA weight has a gradient, and at a gradient norm of NaN."
@@ -340,7 +368,8 @@ def last_checkpoint(folder: str | Path, model) -> Path | None: # none when there
 
 def train(trainer, folder: str | Path) -> pd.DataFrame | None: # what was logged; none on all processes but the first
     "Train, from the last whole checkpoint in `folder` if there is one, and save the adapter there."
-    for callback in (GradientCheck, SaveSteps, LogLines, ReportProgress(folder)): trainer.add_callback(callback)
+    callbacks = (GradientCheck, SaveSteps, LogLines, FreedMemory, ReportProgress(folder))
+    for callback in callbacks: trainer.add_callback(callback)
     trainer.remove_callback(ProgressCallback)   # it prints the same as a dictionary
     checkpoint = last_checkpoint(folder, trainer.model)
     if checkpoint:   # of a checkpoint that also holds DPO's reference, the trainer would load the reference alone
