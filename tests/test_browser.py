@@ -224,7 +224,7 @@ def test_filters_of_the_browser(opened, project):
     page.wait_for_selector("#layout:not([hidden])")
     everything = listed(page)
     assert everything > 0 and len(cards(page)) > 1
-    page.click("#filters summary")
+    if not page.is_visible("#correct"): page.click("#filters summary")   # folded on a narrow screen
     page.select_option("#correct", "0")
     page.check("#only")
     assert 0 < listed(page) <= everything
@@ -246,7 +246,7 @@ def test_gained_and_lost_are_mirror_images(opened, project):
     page = opened(project / "outputs" / RUN / "browse.html")
     page.wait_for_selector("#layout:not([hidden])")
     page.click("#views button:nth-child(2)")
-    page.click("#filters summary")
+    if not page.is_visible("#correct"): page.click("#filters summary")   # folded on a narrow screen
     models = page.eval_on_selector_all("#before option", "options => options.map(o => o.value)")
     assert len(models) > 1
     page.select_option("#before", models[0])
