@@ -97,12 +97,13 @@ OPEN = """async path => {
   await widget.context.ready;
   await widget.context.sessionContext.ready;
   await widget.revealed;
+  jupyterapp.shell.activateById(widget.id);   // the commands act on the active notebook
   window.opened = widget;
 }"""
-SAVE = "() => jupyterapp.commands.execute('docmanager:save')"
+SAVE = "() => opened.context.save()"
 CLOSE = """async () => {
   await opened.context.sessionContext.shutdown();
-  await jupyterapp.commands.execute("application:close");
+  opened.close();
 }"""
 SET = """([old, value]) => {
   for (const cell of opened.content.model.cells) {
