@@ -237,15 +237,17 @@ def trainer_config(config: type, # such as `SFTConfig`
     return one_device(config(**trainer_arguments(s, folder, rows) | options))
 
 # %% ../nbs/lib/16_training.ipynb #6d2f40b2
-_MMAP_MAX, _TRIM_THRESHOLD, _TOP_PAD = -4, -1, -2   # numbers of mallopt's options in malloc.h
+# Options of mallopt by their numbers in malloc.h. _RETURN holds the values up to which the C library adjusts
+# them itself; once one is set, it no longer does.
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -2, -3, -4
+_KEEP = {_MMAP_MAX: 0, _TRIM_THRESHOLD: -1, _TOP_PAD: 2**26}
+_RETURN = {_MMAP_MAX: 65536, _MMAP_THRESHOLD: 2**25, _TRIM_THRESHOLD: 2**26, _TOP_PAD: 2**17}
 
 def keep_freed_memory(keep: bool):
-    "Let this process keep the memory that it frees, or return to the C library's defaults; without effect elsewhere."
+    "Let this process keep the memory that it frees, or return large blocks again; only glibc has these options."
     library = ctypes.CDLL(None)
-    if not hasattr(library, "mallopt"): return   # not glibc
-    values = {_MMAP_MAX: 0, _TRIM_THRESHOLD: -1, _TOP_PAD: 2**26} if keep else {
-        _MMAP_MAX: 65536, _TRIM_THRESHOLD: 2**17, _TOP_PAD: 2**17}
-    for option, value in values.items(): library.mallopt(option, value)
+    if not hasattr(library, "mallopt"): return
+    for option, value in (_KEEP if keep else _RETURN).items(): library.mallopt(option, value)
     if not keep: return_freed_memory()
 
 def return_freed_memory():
@@ -255,12 +257,14 @@ def return_freed_memory():
 
 class FreedMemory(TrainerCallback):
     "On the CPU, keep freed memory within an update and return it after each."
-    def on_train_begin(self, args, state, control, **kwargs): keep_freed_memory(args.device.type == "cpu")
+    def on_train_begin(self, args, state, control, **kwargs):
+        if args.device.type == "cpu": keep_freed_memory(True)
 
     def on_step_end(self, args, state, control, **kwargs):
         if args.device.type == "cpu": return_freed_memory()
 
-    def on_train_end(self, args, state, control, **kwargs): keep_freed_memory(False)
+    def on_train_end(self, args, state, control, **kwargs):
+        if args.device.type == "cpu": keep_freed_memory(False)
 
 # %% ../nbs/lib/16_training.ipynb #582a333c
 class GradientCheck(TrainerCallback):

@@ -7,7 +7,6 @@ import re
 import shutil
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -274,6 +273,3 @@ def test_a_weight_redraws_histogram_and_pairs(opened, project):
     page.click("#reset")
     page.fill("#threshold", "0.01")
     page.wait_for_function("before => document.getElementById('histogram').innerHTML === before", arg=before[0])
-
-
-if __name__ == "__main__": sys.exit(pytest.main([__file__, "-q"]))
