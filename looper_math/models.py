@@ -37,6 +37,7 @@ from transformers.models.llama import LlamaTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from .answers import THINK_END, opens_thought
+from .attention import use_grouped_attention
 from .ranges import hub_name
 from .records import ROOT, read_json, require, resolve, sha256, verify_output, write_json
 
@@ -245,6 +246,7 @@ def _load(folder: str, **options):
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{folder}: its files lack {len(missing)} weights of this model, such as {missing[0]}; "
                          "copy or download this model again")
+    use_grouped_attention(model)
     return model.eval()
 
 def _load_4bit(folder: str, dtype: torch.dtype, **options):

@@ -45,13 +45,9 @@ def sampling(policy, # a peft model
     "The policy in the form that generates; on exit an unmerged policy is back in training mode."
     if merge: model = copy.deepcopy(policy).merge_and_unload().eval()
     else: model = policy.eval().get_base_model()
-    attention = model.config._attn_implementation
-    if model.device.type == "cpu" and attention == "sdpa": decoding.use_grouped_attention(model)
     try: yield model
     finally:
-        if not merge:
-            model.set_attn_implementation(attention)
-            policy.train()
+        if not merge: policy.train()
 
 # %% ../nbs/lib/24_sampler.ipynb #ca2e2b03
 MONITORS = ("correct", "coherence", "support", "ledger", "empty_agreement")   # logged, rewarded or not

@@ -19,7 +19,7 @@ FLOORS = [
     {"launch", "ledger", "pages", "prompts", "ranges", "shards", "stats"},
     {"regime_w", "grading", "data", "eval_models"},
     {"compare", "pocket"},
-    {"audit"},
+    {"audit", "attention"},
     {"models", "report"},
     {"decoding"},
     {"serving"},
