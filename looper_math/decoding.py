@@ -243,10 +243,12 @@ def decode(jobs: list[DecodingJob],
            ends: list[int],           # tokens that end a completion
            pad: int = 0,              # any token; padding is masked
            rows: int = 256,           # most jobs decoded together
-           tokens: int = BATCH_TOKENS # most tokens decoded together
+           tokens: int = BATCH_TOKENS, # most tokens decoded together
+           window: int = 10**9 # so many consecutive jobs are sorted by length together, and end near each other
           ) -> Iterator[list[tuple[int, list[int]]]]: # index of the job, its new tokens
     "Complete all jobs, batch by batch."
-    batches, stop = cut_batches(jobs, rows, tokens), Event()
+    stop, batches = Event(), [[start + i for i in batch] for start in range(0, len(jobs), window)
+                              for batch in cut_batches(jobs[start:start + window], rows, tokens)]
     with _cores(model) as cores, ThreadPoolExecutor(cores) as pool:
         running = {pool.submit(_decode, model, [jobs[i] for i in batch], pad, ends, stop): batch for batch in batches}
         try:

@@ -10,7 +10,7 @@ __all__ = ['SAMPLING', 'EVAL_STYLES', 'STOPS', 'check_sampling', 'sampling_optio
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from . import engines, prompts, ranges
+from . import prompts, ranges
 from .answers import with_thought
 from .grading import grade
 from .prompts import Arm, build_prompt
@@ -75,11 +75,11 @@ def few_shot(train: list[dict], n: int = 5) -> str: # a template
     shots = "".join(f"Question: {q['question']}\nAnswer: {q['answer']}\n\n" for q in train[:n])
     return shots.replace("{", "(").replace("}", ")") + "Question: {question}\nAnswer:"
 
-def clip(completion: engines.Completion) -> engines.Completion:
+def clip(completion: prompts.Completion) -> prompts.Completion:
     "A completion as it would be if generation had ended at the first of `STOPS`."
     ends = [i for stop in STOPS if (i := completion.text.find(stop)) >= 0]
     if not ends: return completion
-    return engines.Completion(completion.id, completion.text[:min(ends)], completion.num_tokens, "stop")
+    return prompts.Completion(completion.id, completion.text[:min(ends)], completion.num_tokens, "stop")
 
 # %% ../nbs/lib/25_eval_jobs.ipynb #1e43332a
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Prompts:
     def keys(self, style: str, question: dict) -> list[Key]: # (question id, name of the sample)
         return [(question["question_id"], arm.name if arm else "greedy") for arm in self.arms_of(style)]
 
-    def requests(self, style: str, question: dict) -> dict[Key, list[engines.Request]]:
+    def requests(self, style: str, question: dict) -> dict[Key, list[prompts.Request]]:
         "The requests of a job about one question, one for each row."
         template = self.templates[style if style in self.templates else "training"]
         by_key = {}
@@ -103,7 +103,7 @@ class Prompts:
             prompt = build_prompt(question["question"], arm.instruction if arm else prompts.CANONICAL, template)
             sampling = {"temperature": arm.temperature, "top_p": arm.top_p,
                         "seed": prompts.sample_seed(arm, question["question_id"])} if arm else {}
-            by_key[key] = [engines.Request("/".join(key), prompt, max_new_tokens=self.max_new_tokens, **sampling)]
+            by_key[key] = [prompts.Request("/".join(key), prompt, max_new_tokens=self.max_new_tokens, **sampling)]
         return by_key
 
 def sample_arms(n: int, temperature: float, top_p: float, seed: int) -> list[Arm]: # names 0, 1, …
@@ -111,7 +111,7 @@ def sample_arms(n: int, temperature: float, top_p: float, seed: int) -> list[Arm
     return [Arm(str(k), prompts.CANONICAL, temperature, top_p, seed + k) for k in range(n)]
 
 # %% ../nbs/lib/25_eval_jobs.ipynb #db7e970c
-def answer_row(question: dict, completion: engines.Completion, model: str, prompt_style: str, sample: str = "greedy",
+def answer_row(question: dict, completion: prompts.Completion, model: str, prompt_style: str, sample: str = "greedy",
                temperature: float = 0., prompt: str = "") -> dict:
     "An evaluation row: the completion and what every grader reads in it."
     text = with_thought(prompt, completion.text)   # a row is read without its prompt
@@ -120,7 +120,7 @@ def answer_row(question: dict, completion: engines.Completion, model: str, promp
             "num_tokens": completion.num_tokens, "finish_reason": completion.finish_reason, "model": model,
             "prompt_style": prompt_style, "sample": sample, "temperature": temperature}
 
-def row_of(job: Job, question: dict, requests: list[engines.Request], completions: list[engines.Completion]) -> dict:
+def row_of(job: Job, question: dict, requests: list[prompts.Request], completions: list[prompts.Completion]) -> dict:
     "The row of a job's request; five-shot answers end where lm-evaluation-harness ends them."
     (request,), (completion,) = requests, completions
     if job.style == "five-shot": completion = clip(completion)

@@ -137,9 +137,9 @@ class Exploration(RunFiles):
         "The pairs that phase 3 would build with other parameters."
         scored = self._scored(reweighted(preset or self.preset, weights or {}))
         rules = self.rules | rules
-        if "template" in rules:
+        if rules.get("template") == "chat":
             from looper_math import models  # a slow import
-            rules["template"] = models.prompt_template(self.scoring.get("base", ""), rules["template"])
+            rules["template"] = models.prompt_template(self.scoring.get("base", ""), "chat")
         pairs, counts = build_pairs_report(scored, **rules)
         return pair_frame(pairs, scored, counts)
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from . import engines, models, prompts
+from . import models, prompts
 from .answers import parse_answer, with_thought
 from .audit import REASONS, cut_off, end_reason
 from .data import gold_answer, load_questions, question_id
@@ -122,9 +122,9 @@ def imported_trajectory(t: dict, # of a foreign record, checked; it has an `arm_
     prompt = t.get("prompt") or build_prompt(question["question"], instruction, source.template)
     text = t["full_text"].removeprefix(prompt)
     reason = ended_by(t, with_thought(prompt, text), where)
-    request = engines.Request(f"{question['question_id']}/{t['arm_name']}", prompt, seed=t.get("seed"))
+    request = prompts.Request(f"{question['question_id']}/{t['arm_name']}", prompt, seed=t.get("seed"))
     tokens = len(tokenizer(text, add_special_tokens=False).input_ids) + (reason != "length")   # the end token counts
-    return trajectory(request, engines.Completion(request.id, text, tokens, reason), question["gold_answer"])
+    return trajectory(request, prompts.Completion(request.id, text, tokens, reason), question["gold_answer"])
 
 # %% ../nbs/lib/19_importing.ipynb #6d332329
 _ARM_NAMES = {arm.name for arms in prompts.ARM_SETS.values() for arm in arms}

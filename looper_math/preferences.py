@@ -10,7 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import models, ranges
+from . import ranges
 from .pairs import PairRules, build_pairs_report, read_rollouts, reward_terms
 from .records import Phase, RecordError, RecordWriter, existing, read_records, run_folder
 from .regime_w import find_preset, score_records
@@ -34,7 +34,11 @@ class PreferenceSettings(PairRules):
         self.rollouts = self.rollouts or f"outputs/{self.run}/02_rollouts/rollouts.jsonl"
 
     @property
-    def layout(self) -> str: return models.prompt_template(self.base, self.template)   # what every prompt is built from
+    def layout(self) -> str:
+        "What every prompt is built from."
+        if self.template != "chat": return self.template
+        from looper_math import models  # a slow import
+        return models.prompt_template(self.base, self.template)
 
     @property
     def path(self) -> Path: return run_folder(self.run)/"03_preferences"/"pairs.jsonl"

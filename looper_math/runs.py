@@ -7,7 +7,7 @@ __all__ = ['GROUPS', 'GROWING', 'OUTPUTS', 'PATHS', 'SETTINGS', 'LIVE_SECONDS', 
            'parameters_of', 'Refused', 'read_yaml', 'recipes', 'phases_of', 'About', 'about_recipe', 'Override',
            'read_recipe', 'find_phase', 'read_flag', 'assign', 'short_path', 'is_done', 'check_folder',
            'check_inputs_unchanged', 'check_files', 'choose_phases', 'build_settings', 'check_settings', 'check_across',
-           'status_line', 'PhaseFailed', 'execute', 'continued', 'check_continued', 'run_recipe']
+           'status_line', 'PhaseFailed', 'execute', 'BrowserPage', 'continued', 'check_continued', 'run_recipe']
 
 # %% ../nbs/lib/35_runs.ipynb #c4d0a5a3
 import ast
@@ -618,12 +618,31 @@ def _locked(folder: Path) -> Iterator[None]:
 # %% ../nbs/lib/35_runs.ipynb #62c152a7
 BROWSER_PHASES = ("03_preferences", "05_eval") # phases after which the page of the trajectories is written
 
-def _write_browser(folder: Path):
-    "Write the page of a run's trajectories and print where it is."
-    from looper_math import browse  # a slow import
-    print(f"trajectories {short_path(browse.write_browser(folder))}", flush=True)
+_BROWSE = "import sys, pathlib; from looper_math import browse; browse.write_browser(pathlib.Path(sys.argv[1]))"
 
-def _run_phase(root: Path, folder: Path, phase: str, changed: dict, state: dict, label: str):
+class BrowserPage:
+    "The page of a run's trajectories, written by another process while the next phase starts."
+    def __init__(self, folder: Path): self.folder, self.process = folder, None
+
+    def write(self):
+        "Begin to write the page."
+        self.wait()
+        self.process = subprocess.Popen([sys.executable, "-c", _BROWSE, str(self.folder)])
+
+    def wait(self) -> bool: # whether a page was written
+        "Wait for the page; raises `PhaseFailed` when it could not be written."
+        process, self.process = self.process, None
+        if process and process.wait():
+            command = f"looper browse {self.folder.name}"
+            raise PhaseFailed(f"the page of the trajectories could not be written: see `{command}`")
+        return process is not None
+
+    def __enter__(self): return self
+
+    def __exit__(self, *error): # after an interrupt or a failure it is not awaited
+        if self.process: self.process.kill()
+
+def _run_phase(root: Path, folder: Path, phase: str, changed: dict, state: dict, label: str) -> bool: # whether it ran
     "Run a phase unless it is done, and record in `state` and `run.json` the time it took."
     manifest = folder/phase/"manifest.json"
     if manifest.exists(): # before its notebook is executed into the place of the earlier one
@@ -631,7 +650,7 @@ def _run_phase(root: Path, folder: Path, phase: str, changed: dict, state: dict,
         verify_outputs(folder/phase)
     if is_done(folder, phase, state["parameters"][phase]):
         print(f"{label}  done before, in {clock(state['seconds'][phase])}", flush=True)
-        return
+        return False
     print(f"{label}  runs", flush=True)
     write_json(folder/"run.json", state)
     start = time.time()
@@ -642,7 +661,7 @@ def _run_phase(root: Path, folder: Path, phase: str, changed: dict, state: dict,
     state["seconds"][phase] = round(max(time.time() - start, read_json(manifest)["seconds"]), 1)
     write_json(folder/"run.json", state)
     print(f"{label}  took {clock(time.time() - start)}: {short_path(folder/phase)}.html", flush=True)
-    if root == ROOT and phase in BROWSER_PHASES: _write_browser(folder) # another project has records of its own
+    return True
 
 # %% ../nbs/lib/35_runs.ipynb #b5bcd74c
 def _redirected(value, old: str, new: str):
@@ -713,27 +732,35 @@ def run_recipe(recipe: str, # a folder of `nbs/recipes`
     notes, built = _check_all(root, folder, recipe, chosen, values)
     for note in notes: print(note)
     if before and built: before(built)
-    with _locked(folder):
-        state = _state(folder) | {"recipe": recipe, "parameters": values}
+    with _locked(folder), BrowserPage(folder) as page:
+        ran, state = [], _state(folder) | {"recipe": recipe, "parameters": values}
         for phase in list(phases)[:list(phases).index(chosen[0])]: verify_outputs(folder/phase)
         for k, phase in enumerate(phases, 1):
             if phase not in chosen: continue
             parameters = values[phase] | {"run": folder.name}
             changed = {n: parameters[n] for n, p in phases[phase].items() if parameters[n] != p.default or n == "run"}
             label = f"[{k}/{len(phases)}] {phase:<{max(map(len, phases))}}"
-            _run_phase(root, folder, phase, changed, state, label)
-        return _close(folder, time.time() - start)
+            if not _run_phase(root, folder, phase, changed, state, label): continue
+            ran.append(phase)
+            if root == ROOT and phase in BROWSER_PHASES: page.write() # another project has records of its own
+        summary = _close(folder, bool(ran))
+        if page.wait(): print(f"trajectories {short_path(folder/'browse.html')}")
+    print(f"{clock(time.time() - start)} in all")
+    return summary
 
 # %% ../nbs/lib/35_runs.ipynb #e442d002
-def _close(folder: Path, seconds: float) -> dict | None:
+def _close(folder: Path,
+           again: bool # whether a phase has run, so that summary and report are to be written again
+          ) -> dict | None:
     "Write the summary and the report, and print the models, the result and its warnings, once the evaluation is done."
     from looper_math import report  # a slow import, and a refusal does not need it
-    summary = report.summarise(folder) if is_done(folder, "05_eval") else None
-    if summary:
-        write_json(folder/"summary.json", summary)
-        page = report.write_report(folder)
-        print(f"\n{report.accuracies(summary).to_string(index=False)}\n\n{report.outcome(summary).sentence}")
-        for warning in summary["warnings"]: print(f"warning: {warning}")
-        print(f"\nreport  {short_path(page)}\nnumbers {short_path(folder/'summary.json')}")
-    print(f"{clock(seconds)} in all")
+    if not is_done(folder, "05_eval"): return None
+    files = [folder/name for name in ("summary.json", "report.html")]
+    if again or not all(path.exists() for path in files):
+        write_json(files[0], report.summarise(folder))
+        report.write_report(folder)
+    summary = read_json(files[0])
+    print(f"\n{report.accuracies(summary).to_string(index=False)}\n\n{report.outcome(summary).sentence}")
+    for warning in summary["warnings"]: print(f"warning: {warning}")
+    print("\n".join(["", f"report  {short_path(files[1])}", f"numbers {short_path(files[0])}"]))
     return summary

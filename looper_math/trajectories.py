@@ -8,7 +8,7 @@ __all__ = ['requests_for', 'trajectory', 'record', 'regraded']
 # %% ../nbs/lib/09_trajectories.ipynb #cf0fcca1
 from collections.abc import Iterable, Iterator
 
-from . import engines, prompts
+from . import prompts
 from .answers import extract_answer, format_answer, same_answer, split_reasoning, with_thought
 from .prompts import build_prompt
 
@@ -17,18 +17,18 @@ def requests_for(question: dict, # with question_id and question
                  arms: list[prompts.Arm],
                  template: str, # the prompt's layout, with {question} and {instruction}
                  max_new_tokens: int
-                ) -> list[engines.Request]:
+                ) -> list[prompts.Request]:
     "One request for each arm, in the order of the arms."
     def request(arm):
         prompt = build_prompt(question["question"], arm.instruction, template)
         seed = prompts.sample_seed(arm, question["question_id"])
-        return engines.Request(id=f"{question['question_id']}/{arm.name}", prompt=prompt, temperature=arm.temperature,
+        return prompts.Request(id=f"{question['question_id']}/{arm.name}", prompt=prompt, temperature=arm.temperature,
                                top_p=arm.top_p, seed=seed, max_new_tokens=max_new_tokens)
     return [request(arm) for arm in arms]
 
 # %% ../nbs/lib/09_trajectories.ipynb #b8666b5f
-def trajectory(request: engines.Request, # its id is the question's id, a slash, and the arm's name
-               completion: engines.Completion, gold: str) -> dict:
+def trajectory(request: prompts.Request, # its id is the question's id, a slash, and the arm's name
+               completion: prompts.Completion, gold: str) -> dict:
     "The completion of one arm, its answer in flexible and in strict mode, and whether the answer is correct."
     text = with_thought(request.prompt, completion.text)
     answer = extract_answer(text)
@@ -55,7 +55,7 @@ def regraded(records: Iterable[dict] # rollout records: question_id, gold_answer
     for r in records:
         trajectories = []
         for t in r["trajectories"]:
-            request = engines.Request(f"{r['question_id']}/{t['arm_name']}", t.get("prompt", ""), seed=t["seed"])
-            completion = engines.Completion(request.id, t["full_text"], t["num_tokens"], t["finish_reason"])
+            request = prompts.Request(f"{r['question_id']}/{t['arm_name']}", t.get("prompt", ""), seed=t["seed"])
+            completion = prompts.Completion(request.id, t["full_text"], t["num_tokens"], t["finish_reason"])
             trajectories.append(trajectory(request, completion, r["gold_answer"]))
         yield {name: value for name, value in r.items() if name != "metrics"} | {"trajectories": trajectories}

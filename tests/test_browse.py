@@ -7,6 +7,7 @@ import json
 import random
 import re
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -192,14 +193,24 @@ def test_the_command_writes_the_page(run, capsys):
     assert "did you mean 'example'?" in capsys.readouterr().err
 
 
-def test_a_run_writes_the_page_after_its_pairs(run, monkeypatch, capsys):
-    "And not after a phase that adds nothing to it."
-    write = lambda root, folder, phase, *rest: write_json(folder / phase / "manifest.json",
-                                                          {"parameters": {"preset": PRESET}, "seconds": 1})
-    monkeypatch.setattr(runs, "execute", write)
-    for phase, expected in (("01_sft", False), ("03_preferences", True)):
-        runs._run_phase(ROOT, run, phase, {}, {"parameters": {phase: {}}, "seconds": {}}, phase)
-        assert (run / "browse.html").exists() == expected == ("browse.html" in capsys.readouterr().out)
+def test_a_run_writes_the_page_beside_its_next_phase(run):
+    "And kills the process that writes it when the run is interrupted."
+    with runs.BrowserPage(run) as page:
+        assert not page.wait()
+        page.write()
+        assert page.wait() and (run / "browse.html").read_text(encoding="utf-8") == browse.page(run)
+    with pytest.raises(KeyboardInterrupt), page:
+        page.write()
+        process = page.process
+        raise KeyboardInterrupt
+    assert process.wait() == -signal.SIGKILL
+
+
+def test_a_page_that_cannot_be_written_fails_the_run(tmp_path, capfd):
+    with pytest.raises(runs.PhaseFailed, match="see `looper browse"), runs.BrowserPage(tmp_path) as page:
+        page.write()
+        page.wait()
+    assert "there is nothing to browse" in capfd.readouterr().err
 
 
 def test_a_run_without_records_is_refused(tmp_path):
