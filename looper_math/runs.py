@@ -7,7 +7,8 @@ __all__ = ['GROUPS', 'GROWING', 'OUTPUTS', 'PATHS', 'SETTINGS', 'LIVE_SECONDS', 
            'parameters_of', 'Refused', 'read_yaml', 'recipes', 'phases_of', 'About', 'about_recipe', 'Override',
            'read_recipe', 'find_phase', 'read_flag', 'assign', 'short_path', 'is_done', 'check_folder',
            'check_inputs_unchanged', 'check_files', 'choose_phases', 'build_settings', 'check_settings', 'check_across',
-           'status_line', 'PhaseFailed', 'execute', 'BrowserPage', 'continued', 'check_continued', 'run_recipe']
+           'status_line', 'PhaseFailed', 'Kernels', 'execute', 'BrowserPage', 'continued', 'check_continued',
+           'run_recipe']
 
 # %% ../nbs/lib/35_runs.ipynb #c4d0a5a3
 import ast
@@ -566,16 +567,47 @@ def _live_status(folder: Path, label: str) -> Iterator[None]:
 class PhaseFailed(RuntimeError):
     "A phase's notebook ended with an error."
 
-def _papermill_options(root: Path) -> dict:
-    "How papermill executes a notebook: from the project's root, quietly, and with a kernel that stops fast."
-    from traitlets.config import Config
-    return {"kernel_name": "python3", "cwd": str(root), "progress_bar": False, # of cells; `_live_status` shows more
-            # Without this each kernel writes about its sockets here; errors of cells are in the notebook.
-            "extra_arguments": ["--IPKernelApp.log_level=CRITICAL"],
-            # Half of this time until SIGTERM, the other half until SIGKILL.
-            "config": Config({"KernelManager": {"shutdown_wait_time": 3.}})}
+def _module_of(notebook: Path) -> str: # empty when it exports none
+    "The module that a notebook exports."
+    exports = re.search(r"#\|\s*default_exp (\w+)", notebook.read_text(encoding="utf-8"))
+    return exports[1] if exports else ""
 
-def execute(root: Path, folder: Path, phase: str, values: dict, label: str):
+class Kernels:
+    "Kernels of the phases, started beside earlier phases; all have ended at the end of the `with` block."
+    def __init__(self, root: Path): self.root, self.waiting = root, {} # phase → its kernel manager
+
+    def start(self, phase: str):
+        "Start the kernel of a phase, unless it waits already."
+        from jupyter_client.manager import AsyncKernelManager
+        from jupyter_core.utils import run_sync
+        from traitlets.config import Config
+        if phase in self.waiting: return
+        module = _module_of(self.root/"nbs"/f"{phase}.ipynb")
+        lines = [f"import looper_math.{module}"] if module and self.root == ROOT else [] # not another project
+        # Half of this time until SIGTERM, the other half until SIGKILL.
+        patience = Config({"AsyncKernelManager": {"shutdown_wait_time": 3.}})
+        self.waiting[phase] = AsyncKernelManager(kernel_name="python3", config=patience)
+        # Without the log level each kernel writes about its sockets here; errors of cells are in the notebook.
+        options = ["--IPKernelApp.log_level=CRITICAL", *(f"--IPKernelApp.exec_lines={line}" for line in lines)]
+        run_sync(self.waiting[phase].start_kernel)(cwd=str(self.root), extra_arguments=options)
+
+    @contextlib.contextmanager
+    def running(self, phase: str, following: list[str]) -> Iterator: # a kernel manager
+        "The kernel of a phase; those of the following ones are started too."
+        from jupyter_core.utils import run_sync
+        for name in (phase, *following): self.start(name)
+        kernel = self.waiting.pop(phase)
+        try: yield kernel
+        finally: run_sync(kernel.shutdown_kernel)()
+
+    def __enter__(self): return self
+
+    def __exit__(self, *error):
+        from jupyter_core.utils import run_sync
+        for kernel in self.waiting.values(): run_sync(kernel.shutdown_kernel)(now=True)
+
+def execute(root: Path, folder: Path, phase: str, values: dict, label: str,
+            kernel: contextlib.AbstractContextManager): # see `Kernels.running`
     "Execute a phase's notebook into the run folder; raises `PhaseFailed` with the end of its error."
     import papermill
     from nbclient.exceptions import DeadKernelError
@@ -584,9 +616,9 @@ def execute(root: Path, folder: Path, phase: str, values: dict, label: str):
     page = folder/f"{phase}.ipynb"
     logging.getLogger("asyncio").setLevel(logging.CRITICAL) # else a traceback for each task of a stopped kernel
     try:
-        with _live_status(folder/phase, label):
-            papermill.execute_notebook(_escape_braces(root/"nbs"/f"{phase}.ipynb"), _escape_braces(page),
-                                       parameters=values, **_papermill_options(root))
+        with _live_status(folder/phase, label), kernel as km:
+            papermill.execute_notebook(_escape_braces(root/"nbs"/f"{phase}.ipynb"), _escape_braces(page), values,
+                                       kernel_name="python3", cwd=str(root), progress_bar=False, km=km)
     except papermill.PapermillExecutionError as e:
         lines = papermill.exceptions.strip_color("\n".join(e.traceback)).rstrip().splitlines()
         error = "\n".join(f"    {line}" for line in lines[-12:])
@@ -642,7 +674,8 @@ class BrowserPage:
     def __exit__(self, *error): # after an interrupt or a failure it is not awaited
         if self.process: self.process.kill()
 
-def _run_phase(root: Path, folder: Path, phase: str, changed: dict, state: dict, label: str) -> bool: # whether it ran
+def _run_phase(root: Path, folder: Path, phase: str, changed: dict, state: dict, label: str,
+               kernel: contextlib.AbstractContextManager) -> bool: # whether it ran
     "Run a phase unless it is done, and record in `state` and `run.json` the time it took."
     manifest = folder/phase/"manifest.json"
     if manifest.exists(): # before its notebook is executed into the place of the earlier one
@@ -654,7 +687,7 @@ def _run_phase(root: Path, folder: Path, phase: str, changed: dict, state: dict,
     print(f"{label}  runs", flush=True)
     write_json(folder/"run.json", state)
     start = time.time()
-    try: execute(root, folder, phase, changed, label)
+    try: execute(root, folder, phase, changed, label, kernel)
     except KeyboardInterrupt: raise KeyboardInterrupt(records.saved_work(folder/phase)) from None
     if not manifest.exists():
         raise PhaseFailed(f"{phase} ended without {short_path(manifest)}, so it does not count as done")
@@ -713,6 +746,25 @@ def _check_all(root: Path, folder: Path, recipe: str, chosen: list[str], values:
     check_files(root, folder, chosen, values | built) # the settings name this run's files where a parameter was empty
     return check_across(chosen, values), built
 
+def _run_phases(root: Path, folder: Path, phases: dict, chosen: list[str], state: dict, kernels: Kernels,
+                page: BrowserPage) -> bool:
+    "Run the chosen phases that are not done; returns whether there were any."
+    ran = []
+    for k, phase in enumerate(phases, 1):
+        if phase not in chosen: continue
+        parameters = state["parameters"][phase] | {"run": folder.name}
+        changed = {n: parameters[n] for n, p in phases[phase].items() if parameters[n] != p.default or n == "run"}
+        label = f"[{k}/{len(phases)}] {phase:<{max(map(len, phases))}}"
+        kernel = kernels.running(phase, _to_do(folder, chosen[chosen.index(phase) + 1:])[:2])
+        if not _run_phase(root, folder, phase, changed, state, label, kernel): continue
+        ran.append(phase)
+        if root == ROOT and phase in BROWSER_PHASES: page.write() # another project has records of its own
+    return bool(ran)
+
+def _to_do(folder: Path, phases: list[str]) -> list[str]:
+    "Those of the phases that have no manifest yet."
+    return [phase for phase in phases if not (folder/phase/"manifest.json").exists()]
+
 def run_recipe(recipe: str, # a folder of `nbs/recipes`
                run: str = "", # name of the folder under `outputs`; the recipe's if empty
                first: str = "", last: str = "", # the phases to begin and to end with
@@ -729,22 +781,17 @@ def run_recipe(recipe: str, # a folder of `nbs/recipes`
     earlier, continued_run = continued(root, recipe, after)
     values = _redirected(values, f"outputs/{earlier}/", f"outputs/{continued_run}/") if earlier else values
     check_continued(root, earlier, continued_run, {phase: values[phase] for phase in chosen})
-    notes, built = _check_all(root, folder, recipe, chosen, values)
-    for note in notes: print(note)
-    if before and built: before(built)
-    with _locked(folder), BrowserPage(folder) as page:
-        ran, state = [], _state(folder) | {"recipe": recipe, "parameters": values}
-        for phase in list(phases)[:list(phases).index(chosen[0])]: verify_outputs(folder/phase)
-        for k, phase in enumerate(phases, 1):
-            if phase not in chosen: continue
-            parameters = values[phase] | {"run": folder.name}
-            changed = {n: parameters[n] for n, p in phases[phase].items() if parameters[n] != p.default or n == "run"}
-            label = f"[{k}/{len(phases)}] {phase:<{max(map(len, phases))}}"
-            if not _run_phase(root, folder, phase, changed, state, label): continue
-            ran.append(phase)
-            if root == ROOT and phase in BROWSER_PHASES: page.write() # another project has records of its own
-        summary = _close(folder, bool(ran))
-        if page.wait(): print(f"trajectories {short_path(folder/'browse.html')}")
+    with Kernels(root) as kernels:
+        for phase in _to_do(folder, chosen)[:1]: kernels.start(phase) # it imports beside the checks
+        notes, built = _check_all(root, folder, recipe, chosen, values)
+        for note in notes: print(note)
+        if before and built: before(built)
+        with _locked(folder), BrowserPage(folder) as page:
+            state = _state(folder) | {"recipe": recipe, "parameters": values}
+            for phase in list(phases)[:list(phases).index(chosen[0])]: verify_outputs(folder/phase)
+            ran = _run_phases(root, folder, phases, chosen, state, kernels, page)
+            summary = _close(folder, ran)
+            if page.wait(): print(f"trajectories {short_path(folder/'browse.html')}")
     print(f"{clock(time.time() - start)} in all")
     return summary
 
