@@ -955,6 +955,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'looper_math.plan.planned_sft_rows': ('lib/plan.html#planned_sft_rows', 'looper_math/plan.py'),
                                   'looper_math.plan.print_before': ('lib/plan.html#print_before', 'looper_math/plan.py'),
                                   'looper_math.plan.prompt_tokens': ('lib/plan.html#prompt_tokens', 'looper_math/plan.py'),
+                                  'looper_math.plan.scores_bytes': ('lib/plan.html#scores_bytes', 'looper_math/plan.py'),
                                   'looper_math.plan.share_longer': ('lib/plan.html#share_longer', 'looper_math/plan.py'),
                                   'looper_math.plan.this_gpu': ('lib/plan.html#this_gpu', 'looper_math/plan.py'),
                                   'looper_math.plan.tokens_of': ('lib/plan.html#tokens_of', 'looper_math/plan.py'),

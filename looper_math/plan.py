@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'SOLUTIONS', 'PICKLED', 'SOURCES', 'HARDWARE', 'LARGE', 'GB', 'LOGIT_BYTES', 'HEAP', 'SHAPES',
-           'LIBRARIES', 'LAUNCH', 'VLLM_SHARE', 'VLLM_ROWS', 'VLLM_START', 'LORA_SLOWER', 'STEP', 'START', 'GRADING',
-           'SCORING', 'DISK_ROW', 'ESTIMATES', 'MOST_IMBALANCE', 'MOST_EPOCHS', 'CUT_OFF', 'SLACK', 'Architecture',
-           'Solutions', 'UnknownBase', 'find_architecture', 'PublishedSet', 'count_questions', 'Row', 'tokens_of',
-           'count_rows', 'demonstration_rows', 'prompt_tokens', 'Hardware', 'cpu_cores', 'efficiency', 'Precision',
-           'activation_bytes', 'weight_bytes', 'adapter_bytes', 'Decoding', 'decoding_bytes', 'PhasePlan',
-           'PhaseSettings', 'PhaseJob', 'count_updates', 'Training', 'training_gb', 'kernels_gb', 'training_seconds',
-           'device_flops', 'Generation', 'uses_vllm', 'generation_gb', 'generation_seconds', 'expected_solutions',
-           'own_rows', 'planned_sft_rows', 'expected_pairs', 'pair_rows', 'estimate_sft', 'estimate_rollouts',
-           'estimate_preferences', 'control_epochs', 'estimate_dpo', 'estimate_eval', 'estimate_online', 'share_longer',
-           'phase_warnings', 'check_fits', 'check_free_disk', 'Plan', 'this_gpu', 'pick_hardware', 'make_plan',
-           'as_json', 'plan_table', 'plan_lines', 'plan_settings', 'plan_recipe', 'print_before', 'example_rows',
-           'example_prompts', 'dry_run']
+           'LIBRARIES', 'MOST_SCORES', 'SCORE', 'LAUNCH', 'VLLM_SHARE', 'VLLM_ROWS', 'VLLM_START', 'LORA_SLOWER',
+           'STEP', 'START', 'GRADING', 'SCORING', 'DISK_ROW', 'ESTIMATES', 'MOST_IMBALANCE', 'MOST_EPOCHS', 'CUT_OFF',
+           'SLACK', 'Architecture', 'Solutions', 'UnknownBase', 'find_architecture', 'PublishedSet', 'count_questions',
+           'Row', 'tokens_of', 'count_rows', 'demonstration_rows', 'prompt_tokens', 'Hardware', 'cpu_cores',
+           'efficiency', 'Precision', 'activation_bytes', 'weight_bytes', 'adapter_bytes', 'Decoding', 'decoding_bytes',
+           'PhasePlan', 'PhaseSettings', 'PhaseJob', 'count_updates', 'Training', 'scores_bytes', 'training_gb',
+           'kernels_gb', 'training_seconds', 'device_flops', 'Generation', 'uses_vllm', 'generation_gb',
+           'generation_seconds', 'expected_solutions', 'own_rows', 'planned_sft_rows', 'expected_pairs', 'pair_rows',
+           'estimate_sft', 'estimate_rollouts', 'estimate_preferences', 'control_epochs', 'estimate_dpo',
+           'estimate_eval', 'estimate_online', 'share_longer', 'phase_warnings', 'check_fits', 'check_free_disk',
+           'Plan', 'this_gpu', 'pick_hardware', 'make_plan', 'as_json', 'plan_table', 'plan_lines', 'plan_settings',
+           'plan_recipe', 'print_before', 'example_rows', 'example_prompts', 'dry_run']
 
 # %% ../nbs/lib/36_plan.ipynb #3b1f6a04
 import dataclasses
@@ -320,10 +320,10 @@ class Decoding(NamedTuple):
     new: int # tokens of the longest completion
 
 def decoding_bytes(a: Architecture, d: Decoding, item: int) -> float:
-    """The larger of two moments: 8h + 5i numbers for each token of the prompts, with their cache; and the full cache, a
-    quarter of it twice, since a layer's cache is copied when finished rows are left out. Measured on the pocket."""
-    prompts = d.rows * d.width * (item * (8 * a.hidden_size + 5 * a.intermediate_size) + a.cache(item))
-    return max(prompts, 1.25 * d.rows * (d.width + d.new) * a.cache(item)) + 12 * d.rows * a.vocab_size
+    """The larger of two moments: 6h + 4i numbers for each token of the prompts, with their cache; and the full cache.
+    Measured on the pocket."""
+    prompts = d.rows * d.width * (item * (6 * a.hidden_size + 4 * a.intermediate_size) + a.cache(item))
+    return max(prompts, d.rows * (d.width + d.new) * a.cache(item)) + 12 * d.rows * a.vocab_size
 
 HEAP = {True: 1.15, False: 1.7} # GPU or CPU → what allocator and backward pass take beside what is stored; measured
 SHAPES = .017, 48 # GB of oneDNN's kernels for each width of a batch, and after how many it replaces the oldest
@@ -445,12 +445,21 @@ class Training(NamedTuple):
     @property
     def shapes(self) -> int: return len(set(self.batches))
 
+MOST_SCORES, SCORE = 2**24, 3 # as `attention.SCORES`; bytes of a score: its weight in half precision, and the mask
+
+def scores_bytes(job: PhaseJob, t: Training) -> int:
+    "Attention's weights of the largest batch, which a CPU in half precision stores in every layer."
+    a, layers = job.sizes, 1 if job.option("gradient_checkpointing", False) else job.sizes.num_hidden_layers
+    if job.hardware.gpu or job.precision.item > 2: return 0
+    scores = (rows * a.num_attention_heads * longest**2 for rows, longest in t.batches)
+    return SCORE * layers * max((n for n in scores if n <= MOST_SCORES), default=0)
+
 def training_gb(job: PhaseJob, t: Training) -> float: # of one process
     "Weights, adapter with optimizer, activations and logits of the largest batch, with what the allocator adds."
     a, p = job.sizes, job.precision
     kept = weight_bytes(a, p, job.four_bits) + adapter_bytes(a, job.rank, t.copies, job.processes)
     token = activation_bytes(a, job.rank, p, job.option("gradient_checkpointing", False))
-    work = t.largest * (token + LOGIT_BYTES[t.kind] * a.vocab_size)
+    work = t.largest * (token + LOGIT_BYTES[t.kind] * a.vocab_size) + scores_bytes(job, t)
     return (kept + HEAP[job.hardware.gpu] * work) / GB
 
 def kernels_gb(job: PhaseJob, trainings: list[Training]) -> float:
@@ -458,6 +467,7 @@ def kernels_gb(job: PhaseJob, trainings: list[Training]) -> float:
     if job.hardware.gpu or not job.precision.autocast: return 0.
     return SHAPES[0] * min(SHAPES[1], sum(t.shapes for t in trainings))
 
+# %% ../nbs/lib/36_plan.ipynb #3b1f6a25
 LAUNCH = 2e-3 # seconds that a GPU waits in each layer and pass of a training for Python to start its kernels
 
 def training_seconds(job: PhaseJob, t: Training) -> tuple[float, float]: # arithmetic, waiting
@@ -475,7 +485,7 @@ def device_flops(job: PhaseJob) -> float:
     "Operations a second of what one process has."
     return job.hardware.flops if job.hardware.gpu else job.hardware.flops * max(1, cpu_cores() / job.processes)
 
-# %% ../nbs/lib/36_plan.ipynb #3b1f6a25
+# %% ../nbs/lib/36_plan.ipynb #a920b677
 class Generation(NamedTuple):
     "Completions that one process generates with one model."
     requests: int
@@ -502,7 +512,7 @@ def generation_gb(job: PhaseJob, g: Generation) -> float: # of one process
     "The transformers engine's memory: weights and one batch on a GPU, and one on each core of a CPU."
     a, item = job.sizes, 2 if job.precision.weights == 2 else 4
     d = _decoding(job, g)
-    at_once = 1 if job.hardware.gpu else min(cpu_cores(), math.ceil(g.requests / d.rows))
+    at_once = 1 if job.hardware.gpu else min(cpu_cores(), max(1, g.requests / d.rows)) # batches, the last one smaller
     # glibc gives blocks of more than 32 MB back at once, and keeps smaller ones for its threads
     kept = HEAP[False] if not job.hardware.gpu and d.rows * d.width * a.intermediate_size * item < 2**25 else 1
     weights = weight_bytes(a, job.precision, job.four_bits)

@@ -7,7 +7,7 @@ __all__ = ['GROUPS', 'GROWING', 'OUTPUTS', 'PATHS', 'SETTINGS', 'LIVE_SECONDS', 
            'parameters_of', 'Refused', 'read_yaml', 'recipes', 'phases_of', 'About', 'about_recipe', 'Override',
            'read_recipe', 'find_phase', 'read_flag', 'assign', 'short_path', 'is_done', 'check_folder',
            'check_inputs_unchanged', 'check_files', 'choose_phases', 'build_settings', 'check_settings', 'check_across',
-           'status_line', 'PhaseFailed', 'Kernels', 'execute', 'BrowserPage', 'continued', 'check_continued',
+           'status_line', 'Kernels', 'PhaseFailed', 'execute', 'BrowserPage', 'continued', 'check_continued',
            'run_recipe']
 
 # %% ../nbs/lib/35_runs.ipynb #c4d0a5a3
@@ -563,10 +563,7 @@ def _live_status(folder: Path, label: str) -> Iterator[None]:
             stop.set()
             thread.join()
 
-# %% ../nbs/lib/35_runs.ipynb #f3739441
-class PhaseFailed(RuntimeError):
-    "A phase's notebook ended with an error."
-
+# %% ../nbs/lib/35_runs.ipynb #f3739440
 def _module_of(notebook: Path) -> str: # empty when it exports none
     "The module that a notebook exports."
     exports = re.search(r"#\|\s*default_exp (\w+)", notebook.read_text(encoding="utf-8"))
@@ -605,6 +602,10 @@ class Kernels:
     def __exit__(self, *error):
         from jupyter_core.utils import run_sync
         for kernel in self.waiting.values(): run_sync(kernel.shutdown_kernel)(now=True)
+
+# %% ../nbs/lib/35_runs.ipynb #f3739441
+class PhaseFailed(RuntimeError):
+    "A phase's notebook ended with an error."
 
 def execute(root: Path, folder: Path, phase: str, values: dict, label: str,
             kernel: contextlib.AbstractContextManager): # see `Kernels.running`
@@ -726,7 +727,7 @@ def check_continued(root: Path, earlier: str, run: str, # as `continued` returns
             raise Refused(f"{phase}.{name} reads {text}, and {'/'.join(parts[:3])} is not done: first `{command}`, "
                           f"or name a finished run of {earlier} by --after RUN")
 
-# %% ../nbs/lib/35_runs.ipynb #e442d001
+# %% ../nbs/lib/35_runs.ipynb #e442d000
 def _check_devices(devices: dict[str, str | None]): # phase → device
     "Raise `Refused` for a run on both kinds of device: the process that checks all phases can hide the GPUs or not."
     kinds = {device: phase for phase, device in devices.items()}
@@ -746,6 +747,7 @@ def _check_all(root: Path, folder: Path, recipe: str, chosen: list[str], values:
     check_files(root, folder, chosen, values | built) # the settings name this run's files where a parameter was empty
     return check_across(chosen, values), built
 
+# %% ../nbs/lib/35_runs.ipynb #e442d001
 def _run_phases(root: Path, folder: Path, phases: dict, chosen: list[str], state: dict, kernels: Kernels,
                 page: BrowserPage) -> bool:
     "Run the chosen phases that are not done; returns whether there were any."

@@ -74,11 +74,24 @@ def test_activations_are_what_torch_saves(autocast):
         return tensor
     ids = torch.randint(3, 700, (8, 256))
     decoder = model.base_model.model.model
-    with torch.autograd.graph.saved_tensors_hooks(store, lambda t: t), torch.autocast("cpu", enabled=autocast):
-        hidden = decoder(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
-    assert hidden.requires_grad
+    sizes = {}
+    for attention in ("sdpa", "grouped"):
+        saved.clear()
+        decoder.set_attn_implementation(attention)
+        with torch.autograd.graph.saved_tensors_hooks(store, lambda t: t), torch.autocast("cpu", enabled=autocast):
+            hidden = decoder(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+        assert hidden.requires_grad
+        sizes[attention] = sum(saved.values())
+    scores = 4 * 4 * ids.numel() * ids.shape[1]   # layers × heads × tokens × keys
+    expected = plan.SCORE * scores if autocast else 0
+    assert sizes["grouped"] - sizes["sdpa"] == pytest.approx(expected, rel=.3)   # and copies of queries and keys
     formula = plan.activation_bytes(plan.find_architecture("data/pocket-base"), 16, plan.Precision(4, autocast), False)
-    assert formula == pytest.approx(sum(saved.values()) / ids.numel(), rel=.2)
+    assert formula == pytest.approx(sizes["sdpa"] / ids.numel(), rel=.2)
+
+
+def test_scores_that_a_cpu_stores_are_those_of_attention():
+    from looper_math import attention
+    assert attention.SCORES == plan.MOST_SCORES
 
 
 # --- a small run
