@@ -15,14 +15,14 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 SCORES = 2**24 # most scores of a batch in one layer: rows × heads × query tokens × key tokens
 
 def _product_dtype(x: torch.Tensor) -> torch.dtype:
-    "In what a product of `x` is computed: autocast decides where it is on."
+    "The dtype in which a product of `x` is computed: that of autocast where it is on."
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 def grouped_attention(module,
                       query: torch.Tensor, # shape (rows, heads, query tokens, width)
                       key: torch.Tensor, value: torch.Tensor, # shape (rows, groups, key tokens, width)
-                      attention_mask: torch.Tensor | None, # true where a token may look; None: at all earlier ones
+                      attention_mask: torch.Tensor | None, # bool, true where a query attends to a key; None is causal
                       scaling: float, dropout: float = 0., **kwargs
                      ) -> tuple[torch.Tensor, None]: # shape (rows, query tokens, heads, width)
     "Attention as softmax(query · key × scaling) · value, with the heads of a group as rows of one product."
@@ -34,7 +34,7 @@ def grouped_attention(module,
         attention_mask = torch.ones(length, keys, dtype=torch.bool, device=query.device).tril(keys - length)
     q, k, v = (x.reshape(rows * groups, -1, width) for x in (query, key, value))
     scores = torch.bmm(q, k.transpose(1, 2)).mul_(scaling).view(rows, heads, length, keys)
-    # the lowest number, not minus infinity: a row of padding that may look at nothing has a mean in place of NaN
+    # the lowest number, not minus infinity: a padding token that attends to nothing gets a mean in place of NaN
     if attention_mask is not None: scores = scores.masked_fill_(~attention_mask, torch.finfo(scores.dtype).min)
     weights = scores.softmax(-1).to(v.dtype).view(rows * groups, -1, keys)
     return torch.bmm(weights, v).view(rows, heads, length, width).transpose(1, 2), None

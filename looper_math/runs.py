@@ -749,19 +749,16 @@ def _check_all(root: Path, folder: Path, recipe: str, chosen: list[str], values:
 
 # %% ../nbs/lib/35_runs.ipynb #e442d001
 def _run_phases(root: Path, folder: Path, phases: dict, chosen: list[str], state: dict, kernels: Kernels,
-                page: BrowserPage) -> bool:
-    "Run the chosen phases that are not done; returns whether there were any."
-    ran = []
+                page: BrowserPage):
+    "Run the chosen phases that are not done."
     for k, phase in enumerate(phases, 1):
         if phase not in chosen: continue
         parameters = state["parameters"][phase] | {"run": folder.name}
         changed = {n: parameters[n] for n, p in phases[phase].items() if parameters[n] != p.default or n == "run"}
         label = f"[{k}/{len(phases)}] {phase:<{max(map(len, phases))}}"
         kernel = kernels.running(phase, _to_do(folder, chosen[chosen.index(phase) + 1:])[:2])
-        if not _run_phase(root, folder, phase, changed, state, label, kernel): continue
-        ran.append(phase)
-        if root == ROOT and phase in BROWSER_PHASES: page.write() # another project has records of its own
-    return bool(ran)
+        ran = _run_phase(root, folder, phase, changed, state, label, kernel)
+        if ran and root == ROOT and phase in BROWSER_PHASES: page.write() # another project has records of its own
 
 def _to_do(folder: Path, phases: list[str]) -> list[str]:
     "Those of the phases that have no manifest yet."
@@ -791,21 +788,22 @@ def run_recipe(recipe: str, # a folder of `nbs/recipes`
         with _locked(folder), BrowserPage(folder) as page:
             state = _state(folder) | {"recipe": recipe, "parameters": values}
             for phase in list(phases)[:list(phases).index(chosen[0])]: verify_outputs(folder/phase)
-            ran = _run_phases(root, folder, phases, chosen, state, kernels, page)
-            summary = _close(folder, ran)
+            _run_phases(root, folder, phases, chosen, state, kernels, page)
+            summary = _close(folder)
             if page.wait(): print(f"trajectories {short_path(folder/'browse.html')}")
     print(f"{clock(time.time() - start)} in all")
     return summary
 
 # %% ../nbs/lib/35_runs.ipynb #e442d002
-def _close(folder: Path,
-           again: bool # whether a phase has run, so that summary and report are to be written again
-          ) -> dict | None:
-    "Write the summary and the report, and print the models, the result and its warnings, once the evaluation is done."
+def _close(folder: Path) -> dict | None:
+    """Print the models, the result and its warnings, once the evaluation is done.
+
+    Summary and report are written first, unless they are newer than all manifests."""
     from looper_math import report  # a slow import, and a refusal does not need it
     if not is_done(folder, "05_eval"): return None
     files = [folder/name for name in ("summary.json", "report.html")]
-    if again or not all(path.exists() for path in files):
+    newest = max(path.stat().st_mtime for path in folder.glob("*/manifest.json"))
+    if not all(path.exists() and path.stat().st_mtime >= newest for path in files):
         write_json(files[0], report.summarise(folder))
         report.write_report(folder)
     summary = read_json(files[0])

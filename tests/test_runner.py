@@ -11,6 +11,7 @@ import sys
 import time
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import papermill
@@ -801,3 +802,34 @@ def test_launch_by_an_accelerate_file(tiny_phase, tmp_path):
     "Eight processes, as the file for eight GPUs says; here they share the CPU."
     launch.launch("tiny_phase", tiny_phase.Settings(str(tmp_path)), accelerate_config="nbs/accelerate/fsdp-8.yaml")
     assert [(tmp_path / f"rank{r}").read_text() for r in range(8)] == ["36.0"] * 8
+
+
+def test_the_report_is_written_again_only_after_a_newer_phase(tmp_path, monkeypatch):
+    import pandas as pd
+
+    from looper_math import report
+    manifest, page, written = tmp_path / "05_eval/manifest.json", tmp_path / "report.html", []
+    manifest.parent.mkdir()
+    manifest.write_text("{}")
+    monkeypatch.setattr(runs, "is_done", lambda *args: True)
+    monkeypatch.setattr(report, "summarise", lambda folder: {"warnings": []})
+    monkeypatch.setattr(report, "write_report", lambda folder: written.append(page.write_text("")))
+    monkeypatch.setattr(report, "accuracies", lambda summary: pd.DataFrame())
+    monkeypatch.setattr(report, "outcome", lambda summary: SimpleNamespace(sentence=""))
+    for count in (1, 1):
+        assert runs._close(tmp_path) == {"warnings": []} and len(written) == count
+    os.utime(manifest, (page.stat().st_mtime + 1,) * 2)
+    runs._close(tmp_path)
+    assert len(written) == 2
+
+
+def test_kernels_have_ended_after_the_block(tmp_path):
+    for name in ("01_a", "02_b"):
+        (tmp_path / "nbs").mkdir(exist_ok=True)
+        (tmp_path / f"nbs/{name}.ipynb").write_text("{}")
+    with runs.Kernels(tmp_path) as kernels:
+        with kernels.running("01_a", ["02_b"]) as first:
+            pids = [k.provisioner.pid for k in (first, kernels.waiting["02_b"])]
+            assert all(os.path.exists(f"/proc/{pid}") for pid in pids)
+        assert list(kernels.waiting) == ["02_b"] and not os.path.exists(f"/proc/{pids[0]}")
+    assert not os.path.exists(f"/proc/{pids[1]}")
