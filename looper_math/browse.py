@@ -24,7 +24,7 @@ from .explore import RunFiles, load
 from .ledger import Equation, equations
 from .pairs import CHOICES, SET_TERMS, PairRules, question_candidates, read_rollouts
 from .records import iter_records, read_json, require, write_text
-from .regime_w import REWARD_TERMS, SHOWN, find_preset, score_records
+from .regime_w import SHOWN, Preset, find_preset, score_records
 
 # %% ../nbs/lib/40_browse.ipynb #eb8ec4d9
 _BREAK = re.compile(r"\n|<<|>>") # between what the ledger reads as lines
@@ -83,24 +83,25 @@ def _first_equal(values: list) -> list[int]:
 
 def _rounded(values: dict) -> dict: return {k: x if x is None else round(x, 4) for k, x in values.items()}
 
-def _trajectories(record: dict) -> list[dict]:
+def _trajectories(record: dict, preset: Preset) -> list[dict]:
     "The solutions of a scored rollout record, with what rewards and pairs are computed from."
+    shown = [*_SIGNALS, *(signal.name for signal in preset.signals)]
     ts = record["trajectories"]
     same = _first_equal([t["full_text"].strip() for t in ts])
     prompts = _first_equal([t["prompt"] for t in ts])
     return [_solution(t["arm_name"], t["full_text"], t["reasoning"], t) |
-            {"terms": [t["signals"][term] or 0 for term in REWARD_TERMS], "same": same[k], "prompt": prompts[k],
-             "signals": _rounded({name: t["signals"][name] for name in _SIGNALS})} for k, t in enumerate(ts)]
+            {"terms": [t["signals"][term] or 0 for term in preset.terms], "same": same[k], "prompt": prompts[k],
+             "signals": _rounded({name: t["signals"][name] for name in shown})} for k, t in enumerate(ts)]
 
-def _question(record: dict, rules: PairRules) -> dict:
-    "A scored rollout record as the page holds it."
+def _question(record: dict, rules: PairRules, preset: Preset) -> dict:
+    "A rollout record, scored by the preset, as the page holds it."
     place = {id(t): k for k, t in enumerate(record["trajectories"])}
     by_policy = {policy: question_candidates(record, dataclasses.replace(rules, policy=policy))
                  for policy in CHOICES["policy"]}
     candidates = {policy: [[place[id(c)], place[id(r)]] for c, r in pairs] for policy, (_, pairs) in by_policy.items()}
     return {"id": record["question_id"], "question": record["question"], "gold": record["gold_answer"],
             "metrics": _rounded(record["metrics"]), "order": [place[id(t)] for t in by_policy[rules.policy][0]],
-            "candidates": candidates, "solutions": _trajectories(record)}
+            "candidates": candidates, "solutions": _trajectories(record, preset)}
 
 # %% ../nbs/lib/40_browse.ipynb #40234066
 MOST_SOLUTIONS = 16_000 # the largest number of solutions of a view: 4 MB, where a solution has 200 tokens
@@ -116,10 +117,11 @@ def _rollouts(folder: Path, limit: int) -> Iterator[dict]:
     files = RunFiles(folder)
     path = files.path("rollouts")
     if path is None: return
-    records = read_rollouts(path)
+    records, preset = read_rollouts(path), files.preset
     rules = PairRules(**files.rules | {"template": PairRules.template}) # no choice of a pair depends on the template
-    questions = [_question(r, rules) for r in score_records(_evenly(records, "trajectories", limit), files.preset)]
-    yield {"kind": "rollouts", "name": "rollouts", "title": "Rollouts", "preset": files.preset,
+    scored = score_records(_evenly(records, "trajectories", limit), preset)
+    questions = [_question(r, rules, preset) for r in scored]
+    yield {"kind": "rollouts", "name": "rollouts", "title": "Rollouts", "preset": preset.name, "terms": preset.terms,
            "rules": dataclasses.asdict(rules), "total": len(records), "questions": questions}
 
 # %% ../nbs/lib/40_browse.ipynb #b90cf0e3
@@ -163,9 +165,9 @@ def page_records(folder: Path, # of a run
     "What the page of a run holds; raises `SettingsError` where there are neither rollouts nor answers."
     views = [*_rollouts(folder, limit), *_answers(folder, limit)]
     require(bool(views), f"{folder}: there is nothing to browse; run the phase 02_rollouts or 05_eval to its end")
-    weights = find_preset(next((v["preset"] for v in views if "preset" in v), "platinum-11")).weights
-    return {"about": _about(views), "terms": REWARD_TERMS, "set_terms": SET_TERMS, "choices": CHOICES,
-            "weights": [getattr(weights, term) for term in REWARD_TERMS],
+    terms = next((v.pop("terms") for v in views if "terms" in v), find_preset("platinum-11").terms)
+    return {"about": _about(views), "terms": [*terms], "set_terms": SET_TERMS, "choices": CHOICES,
+            "weights": [*terms.values()],
             "rules": next((v["rules"] for v in views if "rules" in v), None), "views": views}
 
 # %% ../nbs/lib/40_browse.ipynb #f4382f66

@@ -7,6 +7,7 @@ __all__ = ['OnlineSettings', 'open_phase', 'grpo_config', 'make_trainer', 'count
 
 # %% ../nbs/06_online_rl.ipynb #5f1c4f01
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from trl import GRPOConfig, GRPOTrainer
@@ -14,6 +15,7 @@ from trl import GRPOConfig, GRPOTrainer
 from . import heldout, launch, models, prompts, ranges, regime_w, sampler, show, training
 from .data import check_source, load_questions
 from .records import Phase, existing, read_json, require, resolve, run_folder, settings
+from .signals import signal_files
 from .training import TrainingSettings
 
 # %% ../nbs/06_online_rl.ipynb #662e4f16
@@ -27,6 +29,7 @@ class OnlineSettings(TrainingSettings):
     arm_set: str
     prompt: str
     preset: str
+    signals: dict
     weights: dict
     ppo: dict
 
@@ -42,7 +45,7 @@ class OnlineSettings(TrainingSettings):
         check_source("questions", self.questions)
         ranges.check_options("ppo", self.ppo, dict.fromkeys(sampler.PPO_OPTIONS, float), sampler.PPO_OPTIONS)
         sampler.check_sizes(self.options, self.arm_set)
-        sampler.training_preset(self.preset, self.weights)
+        sampler.training_preset(self.preset, self.weights, self.signals)
         require(self.adapter != "none", "adapter must be a folder, or empty for this run's SFT adapter, got 'none'")
         self.adapter = self.adapter or f"outputs/{self.run}/01_sft/adapter"
 
@@ -56,11 +59,11 @@ class OnlineSettings(TrainingSettings):
     @property
     def batch_size(self) -> int: return self.option("per_device_train_batch_size") // len(self.arms)   # questions
 
-    @property
-    def scoring(self) -> regime_w.Preset: return sampler.training_preset(self.preset, self.weights)
+    @cached_property
+    def scoring(self) -> regime_w.Preset: return sampler.training_preset(self.preset, self.weights, self.signals)
 
     @property
-    def signals(self) -> dict[str, float]: return sampler.signal_weights(self.scoring) # 0 for what is only logged
+    def logged(self) -> dict[str, float]: return sampler.signal_weights(self.scoring) # 0 for what is not rewarded
 
     @property
     def folder(self) -> Path: return run_folder(self.run)/"06_online_rl"
@@ -75,6 +78,7 @@ class OnlineSettings(TrainingSettings):
 def open_phase(s: OnlineSettings) -> Phase:
     "Phase 6 of the run; raises `RunConflict` for a folder that another configuration made."
     inputs = existing(base=s.base, questions=s.questions, dev=s.dev) | {"adapter": resolve(s.adapter)}
+    inputs |= signal_files(s.signals)
     return Phase("06_online_rl", s, inputs, without_effect=(*ranges.WITHOUT_EFFECT, "adapter"))
 
 def grpo_config(s: OnlineSettings, batches: int # of samples, in one epoch
@@ -82,7 +86,7 @@ def grpo_config(s: OnlineSettings, batches: int # of samples, in one epoch
     "TRL's configuration. The questions of all epochs are one epoch for TRL."
     return training.trainer_config(
         GRPOConfig, s, s.trained, batches * s.effective_batch * s.option("num_iterations"), num_train_epochs=1,
-        num_generations=len(s.arms), steps_per_generation=s.accumulation, reward_weights=[*s.signals.values()],
+        num_generations=len(s.arms), steps_per_generation=s.accumulation, reward_weights=[*s.logged.values()],
         loss_type="dapo", disable_dropout=True, shuffle_dataset=False, remove_unused_columns=False,
         save_strategy="steps")
 
@@ -92,7 +96,7 @@ def make_trainer(s: OnlineSettings, questions: list[dict]) -> GRPOTrainer:
     model = models.load_adapter(models.load_base(s.base, **s.loading), s.adapter, trainable=True)
     rollouts = sampler.Sampler(
         {q["question_id"]: q for q in questions}, models.load_tokenizer(s.base), s.arms, s.layout, s.scoring,
-        [*s.signals], s.samples, s.max_new_tokens, s.seed, merge=not s.load_in_4bit)
+        [*s.logged], s.samples, s.max_new_tokens, s.seed, merge=not s.load_in_4bit)
     config = grpo_config(s, len(questions) // s.effective_batch)
     return sampler.make_online_trainer(model, rollouts, order, config, s.ppo if s.algorithm == "ppo" else None)
 

@@ -20,7 +20,7 @@ import pandas as pd
 
 from .prompts import CANONICAL, TEMPLATE, build_prompt
 from .records import RecordError, nearest, read_records, require, resolve
-from .regime_w import REWARD_TERMS, find_preset, reward, score_records, word_overlap
+from .regime_w import find_preset, reward, score_records, word_overlap
 
 # %% ../nbs/lib/21_pairs.ipynb #1f1bdf7b
 CHOICES = {"policy": ("all", "capped", "best-worst", "hard", "first-error"),
@@ -285,6 +285,7 @@ def _limit(scored: list[dict], term: str, preset) -> str: # empty where nothing 
     if term == "correct" and sum(right) == len(solutions): return "every solution is right: there is no worse one"
     if term == "quality" and max(right) < 2: return "no question has two right solutions for quality to choose between"
     if term == "coherence": return _limit_of_arithmetic(solutions, "the ledger has no part in coherence")
+    if all(t["signals"][term] is None for t in solutions): return f"{term} has no value anywhere"
     if term == "s_wm" and preset.s_cf == "consistency": return _limit_of_arithmetic(solutions, "s_cf is 0 everywhere")
     return ""
 
@@ -293,18 +294,18 @@ def term_limits(scored: list[dict], # scored rollout records
                ) -> dict[str, str]: # reward term → a part of a sentence, only for the terms that something limits
     "Which terms of a preset's reward have no effect in these rollouts, wholly or in part, and why."
     preset = find_preset(preset)
-    limits = {term: _limit(scored, term, preset) for term in REWARD_TERMS if getattr(preset.weights, term)}
+    limits = {term: _limit(scored, term, preset) for term, weight in preset.terms.items() if weight}
     return {term: limit for term, limit in limits.items() if limit}
 
 def reward_terms(scored: list[dict], preset) -> dict: # weights and limits, by term
     "The weights of a preset's reward, and what limits each term in these rollouts."
-    weights = {term: w for term in REWARD_TERMS if (w := getattr(find_preset(preset).weights, term))}
+    weights = {term: weight for term, weight in find_preset(preset).terms.items() if weight}
     return {"weights": weights, "limits": term_limits(scored, preset)}
 
 # %% ../nbs/lib/21_pairs.ipynb #39bc7994
-def _pairs_under(scored: list[dict], weights, rules: dict) -> dict[tuple, str]: # (question, chosen, rejected) → type
-    "The pairs that other reward weights give."
-    rescored = ({**r, "trajectories": [{**t, "reward": reward(t["signals"], weights)} for t in r["trajectories"]]}
+def _pairs_under(scored: list[dict], terms: dict, rules: dict) -> dict[tuple, str]:
+    "The pairs that other reward weights give: (question, chosen, rejected) → type."
+    rescored = ({**r, "trajectories": [{**t, "reward": reward(t["signals"], terms)} for t in r["trajectories"]]}
                 for r in scored)
     return {(p["question_id"], p["chosen"], p["rejected"]): p["pair_type"] for p in build_pairs(rescored, **rules)}
 
@@ -338,9 +339,9 @@ def inertness_audit(rollouts, # rollout records; they are scored again
     "Set each reward term to zero, rebuild the pairs, and count what changes."
     preset = find_preset(preset)
     scored = list(score_records(rollouts, preset))
-    pairs, terms, rows = _pairs_under(scored, preset.weights, rules), reward_terms(scored, preset), []
+    pairs, terms, rows = _pairs_under(scored, preset.terms, rules), reward_terms(scored, preset), []
     for term, weight in terms["weights"].items():
-        row = _changes(pairs, _pairs_under(scored, dataclasses.replace(preset.weights, **{term: 0}), rules))
+        row = _changes(pairs, _pairs_under(scored, preset.terms | {term: 0}, rules))
         limit, sentence = terms["limits"].get(term, ""), _sentence(term, row, _is_constant(scored, term))
         if limit: sentence += f" {limit[0].upper()}{limit[1:]}."
         rows.append({"term": term, "weight": weight, **row, "limits": limit, "sentence": sentence})

@@ -18,7 +18,6 @@ __all__ = ['ARCHITECTURES', 'SOLUTIONS', 'PICKLED', 'SOURCES', 'HARDWARE', 'LARG
            'plan_recipe', 'print_before', 'example_rows', 'example_prompts', 'dry_run']
 
 # %% ../nbs/lib/36_plan.ipynb #3b1f6a04
-import dataclasses
 import json
 import math
 import os
@@ -820,14 +819,15 @@ def _warn_length_penalty(job: PhaseJob, weights: regime_w.Weights) -> list[str]:
                 "excess_tokens cannot act; raise max_new_tokens, or lower the weight free_tokens"]
     return []
 
-def _warn_set_terms(job: PhaseJob, weights: regime_w.Weights) -> list[str]:
+def _warn_set_terms(job: PhaseJob, preset: regime_w.Preset) -> list[str]:
     "That the coherence of a question is in the reward, and no term compares the coherence of its solutions."
-    if not weights.s_wm or weights.coherence or weights.lift: return []
-    return [f"{job.phase}: s_wm is one number for all solutions of a question, so under preset {job.v['preset']} "
+    weights = preset.weights
+    if not weights.s_wm or weights.coherence or weights.lift or preset.signals: return []
+    return [f"{job.phase}: s_wm is one number for all solutions of a question, so under preset {preset.name} "
             "coherence cannot decide between two of them; leave-one-out compares solutions"]
 
-def _weights(job: PhaseJob) -> regime_w.Weights:
-    return dataclasses.replace(regime_w.find_preset(job.v["preset"]).weights, **job.v.get("weights", {}))
+def _scoring(job: PhaseJob) -> regime_w.Preset:
+    return regime_w.reweighted(regime_w.with_signals(job.v["preset"], job.v["signals"]), job.v.get("weights", {}))
 
 # %% ../nbs/lib/36_plan.ipynb #3b1f6a43
 def _warn_control(job: PhaseJob, plan: PhasePlan) -> list[str]:
@@ -861,9 +861,9 @@ def phase_warnings(job: PhaseJob, plan: PhasePlan) -> list[str]:
     "What is unusual in a phase, in sentences."
     found = _warn_imbalance(job, plan) + _warn_memory(job, plan)
     if job.phase in ("02_rollouts", "06_online_rl"):
-        found += _warn_trained_on(job) + _warn_length_penalty(job, _weights(job))
+        found += _warn_trained_on(job) + _warn_length_penalty(job, _scoring(job).weights)
     if job.phase in ("02_rollouts", "05_eval", "06_online_rl"): found += _warn_cut_off(job)
-    if job.phase in ("03_preferences", "06_online_rl"): found += _warn_set_terms(job, _weights(job))
+    if job.phase in ("03_preferences", "06_online_rl"): found += _warn_set_terms(job, _scoring(job))
     if job.phase == "01_sft": found += _warn_cut_rows(job)
     if job.phase == "04_dpo": found += _warn_control(job, plan)
     return found

@@ -8,12 +8,14 @@ __all__ = ['PreferenceSettings', 'open_phase', 'write_pairs', 'main']
 # %% ../nbs/03_preferences.ipynb #0b25a5db
 import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from . import ranges
 from .pairs import PairRules, build_pairs_report, read_rollouts, reward_terms
 from .records import Phase, RecordError, RecordWriter, existing, read_records, run_folder
-from .regime_w import find_preset, score_records
+from .regime_w import Preset, score_records, with_signals
+from .signals import signal_files
 
 # %% ../nbs/03_preferences.ipynb #a5c21ee2
 @dataclass(kw_only=True)
@@ -23,6 +25,7 @@ class PreferenceSettings(PairRules):
     base: str
     rollouts: str
     preset: str
+    signals: dict
 
     ALLOWED = {"base": ranges.BASE, "cap": ranges.SIZE, "threshold": ranges.Range(0, 1000), "seed": ranges.SEED}
 
@@ -30,7 +33,7 @@ class PreferenceSettings(PairRules):
         ranges.check_values(self, self.ALLOWED)
         ranges.check_model("base", self.base)
         super().__post_init__()
-        find_preset(self.preset)
+        with_signals(self.preset, self.signals)
         self.rollouts = self.rollouts or f"outputs/{self.run}/02_rollouts/rollouts.jsonl"
 
     @property
@@ -39,6 +42,9 @@ class PreferenceSettings(PairRules):
         if self.template != "chat": return self.template
         from looper_math import models  # a slow import
         return models.prompt_template(self.base, self.template)
+
+    @cached_property
+    def scoring(self) -> Preset: return with_signals(self.preset, self.signals)
 
     @property
     def path(self) -> Path: return run_folder(self.run)/"03_preferences"/"pairs.jsonl"
@@ -50,7 +56,8 @@ class PreferenceSettings(PairRules):
 # %% ../nbs/03_preferences.ipynb #2f59e581
 def open_phase(s: PreferenceSettings) -> Phase:
     "Phase 3 of the run; raises `RunConflict` if its folder was made with another configuration."
-    return Phase("03_preferences", s, existing(rollouts=s.rollouts), without_effect=("rollouts", "base"))
+    inputs = existing(rollouts=s.rollouts) | signal_files(s.signals)
+    return Phase("03_preferences", s, inputs, without_effect=("rollouts", "base"))
 
 def write_pairs(pairs: list[dict], path: Path):
     "Write preference records; the file appears by rename."
@@ -63,7 +70,7 @@ def main(s: PreferenceSettings) -> list[dict]: # the pairs, as written to `s.pat
     "Build the pairs of a run, or read those that are there; raises `RecordError` when no pair can be built."
     phase = open_phase(s)
     if phase.manifest: return read_records(s.path)
-    scored = list(score_records(read_rollouts(s.rollouts), s.preset))
+    scored = list(score_records(read_rollouts(s.rollouts), s.scoring))
     pairs, report = build_pairs_report(scored, **s.rules)
     if not pairs:
         counts = ", ".join(f"{k} {v}" for k, v in report.items())
@@ -71,5 +78,5 @@ def main(s: PreferenceSettings) -> list[dict]: # the pairs, as written to `s.pat
                           "make more rollouts, or relax pairing, pair_types or threshold")
     phase.begin()
     write_pairs(pairs, s.path)
-    phase.finish([s.path], counts=report, metrics=reward_terms(scored, s.preset))
+    phase.finish([s.path], counts=report, metrics=reward_terms(scored, s.scoring))
     return pairs

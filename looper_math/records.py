@@ -61,7 +61,8 @@ def nearest(name: str, known) -> str: # a hint such as `; did you mean 'beta'?`,
     return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(sorted(known))}"
 
 # %% ../nbs/lib/00_records.ipynb #26f19d8d
-SHARED_PARAMETERS = ("run", "base", "template", "dtype", "device", "n_gpu", "preset") # a recipe may give them to all
+# a recipe may give them to all
+SHARED_PARAMETERS = ("run", "base", "template", "dtype", "device", "n_gpu", "preset", "signals")
 
 def _injected(cells: list[str]) -> set[str]:
     "Names that papermill set: it runs them in a cell of their own, which begins with `# Parameters`."
@@ -366,9 +367,9 @@ def _located_values(run: str, value):
 
 # %% ../nbs/lib/00_records.ipynb #3e8bdaaf
 # phase → the method of `explore` that shows its files under other values of these parameters
-EXPLORED = {"02_rollouts": ("rescore", ("preset",)),
-            "03_preferences": ("repair", ("preset", "policy", "coherence", "threshold", "cap", "prompt", "pairing",
-                                          "pair_types", "template", "seed"))}
+EXPLORED = {"02_rollouts": ("rescore", ("preset", "signals")),
+            "03_preferences": ("repair", ("preset", "signals", "policy", "coherence", "threshold", "cap", "prompt",
+                                          "pairing", "pair_types", "template", "seed"))}
 
 def _exploring_lines(phase: Path, changed: list[str], parameters: dict) -> list[str]:
     "Lines that explore a finished phase; under the changed parameters where no model must generate for that."

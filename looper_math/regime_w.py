@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REWARD_TERMS', 'SHOWN', 'PRESETS', 'word_overlap', 'Weights', 'reward', 'Preset', 'find_preset', 'reweighted',
-           'score_question', 'score_rollout', 'score_records', 'score_unlabelled']
+           'with_signals', 'score_question', 'score_rollout', 'score_records', 'score_unlabelled']
 
 # %% ../nbs/00_regime_w.ipynb #49a329ee
 import math
@@ -22,6 +22,7 @@ from .answers import parse_answer
 from .ledger import Ledger, ledger
 from .prompts import ARM_SETS
 from .records import SettingsError, nearest
+from .signals import Signal, load_signals
 
 # %% ../nbs/00_regime_w.ipynb #f04f7d17
 class _WordTable(dict):
@@ -215,16 +216,20 @@ class Weights:
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
             if not number: raise SettingsError(f"weight {name!r} must be a finite number, got {value!r}")
 
+    @property
+    def terms(self) -> dict[str, float]: # weight of each of `REWARD_TERMS`
+        return {term: getattr(self, term) for term in REWARD_TERMS}
+
 REWARD_TERMS = ("correct", "s_wm", "quality", "agreement", "coherence", "lift", "excess_tokens")
 # the values of one solution that are shown to a reader, in this order
 SHOWN = ("support", "centrality", "ledger", "first_false", "coherence", "lift", "quality", "reward")
 
 def reward(
-    signals: Mapping[str, float | None], # the reward terms of a trajectory, by name
-    weights: Weights = Weights(), # by the same names
+    signals: Mapping[str, float | None], # the values of a trajectory, by name
+    terms: Mapping[str, float], # weights by the same names, as `Weights.terms` and `Preset.terms` give them
 ) -> float:
-    "Sum of weight × signal over `REWARD_TERMS`; a signal without a value adds nothing."
-    return sum([getattr(weights, term) * (signals.get(term) or 0) for term in REWARD_TERMS])
+    "Sum of weight × signal over the terms; a signal without a value adds nothing."
+    return sum([weight * (signals.get(term) or 0) for term, weight in terms.items()])
 
 # %% ../nbs/00_regime_w.ipynb #449132c4
 _S_END = {"pairs": _s_end_pairs, "largest": _s_end_largest}
@@ -232,9 +237,16 @@ _S_PATH = {"overlap": _s_path_overlap, "length": _s_path_length}
 _S_CF = {"consensus": _s_cf_consensus, "consistency": _s_cf_consistency}
 _FORMS = {"s_end": _S_END, "s_path": _S_PATH, "s_cf": _S_CF, "alignment": ("probes", "plurality"), "arm_set": ARM_SETS}
 
+# names of other values of a trajectory and its question
+_TAKEN = frozenset("""correct s_wm agreement excess_tokens conciseness alignment quality support centrality coherence
+lift ledger first_false reward s_end s_path s_cf s_probe question_id arm_name prompt full_text reasoning answer
+answer_strict num_tokens finish_reason seed empty_agreement""".split())
+
 @dataclass(frozen=True)
 class Preset:
-    "Arms, forms and weights of Regime W. Raises SettingsError for a form or an arm set that does not exist."
+    """Arms, forms and weights of Regime W, and signals of one's own.
+
+    Raises SettingsError for a form or an arm set that does not exist, and for a signal whose name is taken."""
     name: str
     arm_set: str # a name for `arms`
     s_end: str = "pairs" # "pairs": share of the pairs that agree, or "largest": m/n
@@ -242,12 +254,19 @@ class Preset:
     s_cf: str = "consensus" # "consensus": (m − 1)/(n − 1), or "consistency": mean ledger
     alignment: str = "probes" # the texts that quality compares with: "probes" or "plurality"
     weights: Weights = Weights()
+    signals: tuple[Signal, ...] = () # of one's own, as `load_signals` returns them
 
     def __post_init__(self):
+        for name in (signal.name for signal in self.signals if signal.name in _TAKEN):
+            raise SettingsError(f"signals: {name!r} is the name of another value; rename the function")
         for name, forms in _FORMS.items():
             value = getattr(self, name)
             if value in forms: continue
             raise SettingsError(f"preset {self.name!r}: unknown {name} {value!r}{nearest(str(value), forms)}")
+
+    @property
+    def terms(self) -> dict[str, float]: # weight of each term of the reward
+        return self.weights.terms | {signal.name: signal.weight for signal in self.signals}
 
 PRESETS = {p.name: p for p in [
     Preset("platinum-11", "platinum-11"),
@@ -267,14 +286,23 @@ def find_preset(
 
 def reweighted(
     preset: str | Preset, # a name in PRESETS, or a preset
-    weights: Mapping[str, float], # the weights that change, by the names in `Weights`
+    weights: Mapping[str, float], # the weights that change, by the names in `Weights` and of the preset's own signals
 ) -> Preset:
     "A preset with other weights. Raises SettingsError for a weight that does not exist or is no finite number."
     preset = find_preset(preset)
+    own, known = {s.name for s in preset.signals}, vars(preset.weights) | preset.terms
     for name in weights:
-        if name in vars(preset.weights): continue
-        raise SettingsError(f"there is no weight {name!r}{nearest(name, vars(preset.weights))}")
-    return replace(preset, weights=replace(preset.weights, **weights))
+        if name not in known: raise SettingsError(f"there is no weight {name!r}{nearest(name, known)}")
+    ours = {name: weight for name, weight in weights.items() if name not in own}
+    signals = tuple(replace(s, weight=weights.get(s.name, s.weight)) for s in preset.signals)
+    return replace(preset, weights=replace(preset.weights, **ours), signals=signals)
+
+def with_signals(
+    preset: str | Preset, # a name in PRESETS, or a preset
+    signals: Mapping[str, float], # function → weight, see `load_signals`
+) -> Preset:
+    "A preset that also rewards signals of one's own. Raises SettingsError for a signal that is not there."
+    return replace(find_preset(preset), signals=load_signals(signals))
 
 # %% ../nbs/00_regime_w.ipynb #699c1dad
 def _s_wm(s_end: float, s_path: float, s_cf: float, w: Weights) -> float:
@@ -378,23 +406,27 @@ def score_rollout(
     gold: str | int | float | Fraction, # the correct answer
     preset: str | Preset = "platinum-11", # a name in PRESETS, or a preset
     question: str = "", # the question's name in error messages
+    text: str = "", # the question itself, which only signals of one's own read
 ) -> tuple[dict, list[dict]]: # the metrics; and per trajectory its reward, whether it is correct, and its signals
-    "Score one question. Raises ValueError like `score_question`, and for a gold answer that is not a number."
-    preset, gold = find_preset(preset), _gold(question, gold)
+    "Score one question. Raises ValueError like `score_question`, for a gold answer that is no number and a bad signal."
+    preset, gold, trajectories = find_preset(preset), _gold(question, gold), list(trajectories)
     read = _read(trajectories, question, with_tokens=True)
     correct, metrics = [t for t in read if t.answer == gold], _metrics(read, preset)
-    signals = [_signals(t, read, correct, metrics["s_wm"], preset) for t in read]
-    return metrics, [dict(reward=reward(s, preset.weights), correct=bool(s["correct"]), signals=s) for s in signals]
+    own = {s.name: s.values(text, trajectories, f"question {question!r}") for s in preset.signals}
+    signals = [_signals(t, read, correct, metrics["s_wm"], preset) | {name: values[i] for name, values in own.items()}
+               for i, t in enumerate(read)]
+    return metrics, [dict(reward=reward(s, preset.terms), correct=bool(s["correct"]), signals=s) for s in signals]
 
 # %% ../nbs/00_regime_w.ipynb #738cb3e8
 def score_records(
-    records: Iterable[Mapping], # rollout records: question_id, gold_answer, trajectories
+    records: Iterable[Mapping], # rollout records: question_id, gold_answer, trajectories, question for own signals
     preset: str | Preset = "platinum-11", # a name in PRESETS, or a preset
 ) -> Iterator[dict]: # the same records with metrics, and with reward, correct and signals in each trajectory
     "Score rollout records one at a time. Raises ValueError like `score_rollout`."
     preset = find_preset(preset)
     for r in records:
-        metrics, scored = score_rollout(r["trajectories"], r["gold_answer"], preset, r["question_id"])
+        metrics, scored = score_rollout(r["trajectories"], r["gold_answer"], preset, r["question_id"],
+                                        r.get("question", ""))
         yield {**r, "metrics": metrics, "trajectories": [{**t, **s} for t, s in zip(r["trajectories"], scored)]}
 
 # %% ../nbs/00_regime_w.ipynb #a1a8e4a7

@@ -8,7 +8,7 @@ __all__ = ['RolloutSettings', 'questions_to_answer', 'arm_requests', 'rollout', 
 
 # %% ../nbs/02_rollouts.ipynb #adb6620a
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import pandas as pd
@@ -19,6 +19,7 @@ from .importing import Imported, Source, import_rollouts, lacking_table, print_l
 from .prompts import build_prompt
 from .records import Phase, existing, read_records, require, resolve, run_folder, settings
 from .shards import Key, Shards, append, complete, gather, missing, own_share, write_records
+from .signals import signal_files
 from .tables import shares_by, trajectory_table
 from .trajectories import record, requests_for, trajectory
 
@@ -34,6 +35,7 @@ class RolloutSettings:
     limit: int
     arm_set: str
     preset: str
+    signals: dict
     max_new_tokens: int
     engine: str
     serving: dict
@@ -55,7 +57,7 @@ class RolloutSettings:
         else: require(resolve(self.import_from).is_file(), f"import_from: there is no file {self.import_from}")
         engines.check_engine(self.engine, self.serving)
         models.pick_dtype(self.dtype)
-        regime_w.find_preset(self.preset)
+        regime_w.with_signals(self.preset, self.signals)
         self.adapter = self.adapter or f"outputs/{self.run}/01_sft/adapter"
 
     @property
@@ -69,6 +71,9 @@ class RolloutSettings:
 
     @property
     def arms(self) -> list[prompts.Arm]: return prompts.arms(self.arm_set)
+
+    @cached_property
+    def scoring(self) -> regime_w.Preset: return regime_w.with_signals(self.preset, self.signals)
 
     @property
     def path(self) -> Path: return self.folder/"rollouts.jsonl"
@@ -88,7 +93,7 @@ def arm_requests(s: RolloutSettings, question: dict) -> dict[Key, list[engines.R
 def rollout(s: RolloutSettings, question: dict, requests: list, completions: list) -> dict:
     "A question's record: graded trajectories, scored by the preset."
     graded = [trajectory(r, c, question["gold_answer"]) for r, c in zip(requests, completions)]
-    return record(question, graded, s.preset)
+    return record(question, graded, s.scoring)
 
 def main(s: RolloutSettings):
     "Generate this process's share of the missing rollouts; `launch` calls it in each process."
@@ -110,6 +115,7 @@ def open_phase(s: RolloutSettings) -> Phase:
     if s.import_from: inputs = existing(import_from=s.import_from)
     else: inputs = existing(base=s.base, questions=s.questions)
     if s.adapter_folder and not s.import_from: inputs["adapter"] = resolve(s.adapter_folder)
+    inputs |= signal_files(s.signals)
     return Phase("02_rollouts", s, inputs, without_effect=(*ranges.WITHOUT_EFFECT, "n_gpu", "adapter"))
 
 def check_inputs(s: RolloutSettings):
@@ -129,7 +135,7 @@ def run_phase(s: RolloutSettings) -> dict: # the manifest
     "Phase 2 from the start or from where it was stopped; does nothing when it is done."
     phase = open_phase(s)
     if phase.manifest: return phase.manifest
-    source = Source(s.base, s.arms, s.layout, s.preset, s.questions)
+    source = Source(s.base, s.arms, s.layout, s.scoring, s.questions)
     foreign = import_rollouts(s.import_from, source, s.limit) if s.import_from else None
     if not foreign: check_inputs(s)
     phase.begin()

@@ -525,9 +525,9 @@ def check_across(chosen: list[str], values: dict[str, dict]) -> list[str]: # wha
         if name not in arms:
             raise Refused(f"04_dpo.control_arms: {name!r} is no arm of 02_rollouts.arm_set, {sampled['arm_set']}; "
                           f"take some of {', '.join(arms)}, or [] for all")
-    if not paired or paired["preset"] == sampled["preset"]: return []
-    return [f"note: 02_rollouts.preset is {sampled['preset']} and 03_preferences.preset is {paired['preset']}, "
-            f"which scores the rollouts anew"]
+    if not paired: return []
+    return [f"note: 02_rollouts.{name} is {sampled[name]} and 03_preferences.{name} is {paired[name]}, "
+            f"which scores the rollouts anew" for name in ("preset", "signals") if paired[name] != sampled[name]]
 
 # %% ../nbs/lib/35_runs.ipynb #6781b60a
 LIVE_SECONDS, LOG_SECONDS = .5, 30. # between two lines on a terminal, and elsewhere

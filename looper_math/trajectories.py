@@ -44,7 +44,8 @@ def record(question: dict, # with question_id, question and gold_answer
           ) -> dict:
     "A question's record: the metrics of Regime W, and the trajectories with their rewards and signals."
     from looper_math.regime_w import score_rollout  # imported here: a wheel without Regime W has the functions above
-    metrics, scored = score_rollout(trajectories, question["gold_answer"], preset, question["question_id"])
+    metrics, scored = score_rollout(trajectories, question["gold_answer"], preset, question["question_id"],
+                                    question["question"])
     return {k: question[k] for k in ("question_id", "question", "gold_answer")} | {
         "metrics": metrics, "trajectories": [t | s for t, s in zip(trajectories, scored)]}
 

@@ -96,7 +96,7 @@ def test_the_page_scores_and_pairs_as_python_does(run, rules):
     by_page = in_node(COMPUTE, {"settings": settings, "questions": questions})
     kinds = set()
     for w, computed in zip(weights, by_page, strict=True):
-        rescored = [{**r, "trajectories": [{**t, "reward": reward(t["signals"], w)} for t in r["trajectories"]]}
+        rescored = [{**r, "trajectories": [{**t, "reward": reward(t["signals"], w.terms)} for t in r["trajectories"]]}
                     for r in SCORED]
         for r, (rewards, pairs) in zip(rescored, computed, strict=True):
             assert rewards == pytest.approx([t["reward"] for t in r["trajectories"]], abs=1e-12)
@@ -110,7 +110,7 @@ def test_the_page_scores_and_pairs_as_python_does(run, rules):
 def test_a_policy_can_be_changed_in_the_page(run):
     "The candidates of every policy are in the page, whatever policy the run has."
     questions = browse.page_records(run)["views"][0]["questions"]
-    weights = [getattr(find_preset(PRESET).weights, term) for term in REWARD_TERMS]
+    weights = [*find_preset(PRESET).terms.values()]
     for policy in ("capped", "hard", "first-error"):
         settings = [{"weights": weights, "rules": dataclasses.asdict(PairRules(policy=policy))}]
         (computed,) = in_node(COMPUTE, {"settings": settings, "questions": questions})

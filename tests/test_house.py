@@ -16,8 +16,8 @@ from looper_math.runs import assign, parameters_of, phases_of, read_recipe, reci
 FLOORS = [
     {"answers", "records"},
     {"progress"},
-    {"launch", "ledger", "pages", "prompts", "ranges", "shards", "stats"},
-    {"regime_w", "grading", "data", "eval_models"},
+    {"launch", "ledger", "pages", "prompts", "ranges", "shards", "signals", "stats"},
+    {"regime_w", "grading", "data", "eval_models", "process"},
     {"compare", "pocket"},
     {"audit", "attention"},
     {"models", "report"},

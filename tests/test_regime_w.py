@@ -55,7 +55,7 @@ def test_signals_are_in_range_and_make_up_the_reward(trajectories, preset):
     metrics, scored = score_rollout(trajectories, 14, preset)
     for s, t in zip(scored, trajectories):
         signals = s["signals"]
-        assert close(s["reward"], reward(signals, PRESETS[preset].weights))
+        assert close(s["reward"], reward(signals, PRESETS[preset].terms))
         for name in set(signals) - {"lift", "excess_tokens", "first_false"}:
             assert signals[name] is None or -1e-12 <= signals[name] <= 1 + 1e-12, name
         assert signals["lift"] is None or -1 <= signals["lift"] <= 1
@@ -131,7 +131,8 @@ def test_words_are_runs_of_letters_and_digits(text):
 def test_terms_of_the_set_rank_no_two_correct_trajectories(trajectories):
     correct = [s for s in score_rollout(trajectories, 14)[1] if s["correct"]]
     for term in ("s_wm", "agreement"):
-        distance = {reward(s["signals"]) - reward(s["signals"], replace(Weights(), **{term: 0})) for s in correct}
+        own = Weights().terms
+        distance = {reward(s["signals"], own) - reward(s["signals"], own | {term: 0}) for s in correct}
         assert max(distance, default=0) - min(distance, default=0) < 1e-9
 
 

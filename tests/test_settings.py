@@ -147,6 +147,7 @@ BAD = [
     ("2", "arm_set", "platinum-12", "arm_set must be platinum-11"),
     ("2", "arm_set", "", "arm_set must be platinum-11"),
     ("2", "preset", "leave-one-in", "unknown preset 'leave-one-in'; did you mean 'leave-one-out'"),
+    ("2", "signals", {"my_signal.none": 1.0}, "signals: 'my_signal.none': there is no module 'my_signal'"),
     ("2", "engine", "vlm", "engine must be auto, transformers or vllm"),
     ("2", "import_from", "data/no-such-rollouts.jsonl", "import_from: there is no file"),
     ("2", "adapter", "~nobody-here/adapter", "adapter: '~nobody-here/adapter'"),
@@ -158,6 +159,7 @@ BAD = [
     ("3", "cap", 0, "cap must be at least 1"),
     ("3", "threshold", -0.01, "threshold must be"),
     ("3", "preset", "platinum11", "unknown preset 'platinum11'"),
+    ("3", "signals", {"my_signal.none": 1.0}, "signals: 'my_signal.none': there is no module 'my_signal'"),
     # 04
     ("4", "trainer.beta", 0.0, "trainer.beta must be above 0"),
     ("4", "trainer.beta", -1.0, "trainer.beta must be above 0"),
@@ -233,6 +235,7 @@ BAD = [
     ("6", "arm_set", "guide-9", "arm_set must be "),
     ("6", "prompt", "canon", "prompt must be canonical or arm"),
     ("6", "preset", "guide", "unknown preset 'guide'"),
+    ("6", "signals", {"my_signal.none": 1.0}, "signals: 'my_signal.none': there is no module 'my_signal'"),
     ("6", "questions", "data/none.jsonl", "questions: "),
     ("6", "weights", {"corect": 1.0}, "no weight 'corect'"),
     ("6", "weights", {"correct": NAN}, "weights must be finite"),
