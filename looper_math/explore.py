@@ -20,7 +20,7 @@ from . import show
 from .changes import Changes, answer_changes, pair_changes
 from .pairs import PairRules, build_pairs_report, pair_table, read_rollouts
 from .records import Phase, RunConflict, nearest, read_json, read_records, require, resolve, run_folder
-from .regime_w import Preset, find_preset, reweighted, score_records, with_signals
+from .regime_w import Preset, reweighted, score_records
 from .tables import trajectory_table
 
 # %% ../nbs/lib/39_explore.ipynb #8abaf8a4
@@ -80,8 +80,8 @@ class RunFiles:
 
     @property
     def preset(self) -> Preset:
-        "The reward's, with the run's own signals."
-        return with_signals(self.scoring.get("preset", "platinum-11"), self.scoring.get("signals", {}))
+        "That of the run's reward, with its weights."
+        return reweighted(self.scoring.get("preset", "platinum-11"), self.scoring.get("weights", {}))
 
     @property
     def rules(self) -> dict:
@@ -126,25 +126,18 @@ class Exploration(RunFiles):
 
     def _score(self, preset: Preset) -> list[dict]: return list(score_records(self.records, preset))
 
-    def _asked(self, preset: str | Preset, weights: dict | None, signals: dict | None) -> Preset:
-        "The run's reward with what was given in place of its own."
-        own = self.preset if signals is None else with_signals(self.preset, signals)
-        return reweighted(dataclasses.replace(find_preset(preset or own), signals=own.signals), weights or {})
-
     def rescore(self, preset: str | Preset = "", # that of the run if empty
-                weights: dict | None = None, # reward weights that differ from the preset's
-                signals: dict | None = None # own signals, function → weight; None for the run's
+                weights: dict | None = None # that differ from the preset's, and of functions
                ) -> pd.DataFrame: # as `trajectories`
         "The trajectories under another reward, computed from their texts."
-        return trajectory_table(self._scored(self._asked(preset, weights, signals)))
+        return trajectory_table(self._scored(reweighted(preset or self.preset, weights or {})))
 
     def repair(self, preset: str | Preset = "", # that of the run if empty
-               weights: dict | None = None, # reward weights that differ from the preset's
-               signals: dict | None = None, # own signals, function → weight; None for the run's
+               weights: dict | None = None, # that differ from the preset's, and of functions
                **rules # policy, coherence, threshold, cap, prompt, pairing, pair_types, template, seed; or the run's
               ) -> pd.DataFrame: # as `pairs`
         "The pairs that phase 3 would build with other parameters."
-        scored = self._scored(self._asked(preset, weights, signals))
+        scored = self._scored(reweighted(preset or self.preset, weights or {}))
         rules = self.rules | rules
         if rules.get("template") == "chat":
             from looper_math import models  # a slow import

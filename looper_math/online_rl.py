@@ -29,7 +29,6 @@ class OnlineSettings(TrainingSettings):
     arm_set: str
     prompt: str
     preset: str
-    signals: dict
     weights: dict
     ppo: dict
 
@@ -45,7 +44,7 @@ class OnlineSettings(TrainingSettings):
         check_source("questions", self.questions)
         ranges.check_options("ppo", self.ppo, dict.fromkeys(sampler.PPO_OPTIONS, float), sampler.PPO_OPTIONS)
         sampler.check_sizes(self.options, self.arm_set)
-        sampler.training_preset(self.preset, self.weights, self.signals)
+        sampler.training_preset(self.preset, self.weights)
         require(self.adapter != "none", "adapter must be a folder, or empty for this run's SFT adapter, got 'none'")
         self.adapter = self.adapter or f"outputs/{self.run}/01_sft/adapter"
 
@@ -60,7 +59,7 @@ class OnlineSettings(TrainingSettings):
     def batch_size(self) -> int: return self.option("per_device_train_batch_size") // len(self.arms)   # questions
 
     @cached_property
-    def scoring(self) -> regime_w.Preset: return sampler.training_preset(self.preset, self.weights, self.signals)
+    def scoring(self) -> regime_w.Preset: return sampler.training_preset(self.preset, self.weights)
 
     @property
     def logged(self) -> dict[str, float]: return sampler.signal_weights(self.scoring) # 0 for what is not rewarded
@@ -78,7 +77,7 @@ class OnlineSettings(TrainingSettings):
 def open_phase(s: OnlineSettings) -> Phase:
     "Phase 6 of the run; raises `RunConflict` for a folder that another configuration made."
     inputs = existing(base=s.base, questions=s.questions, dev=s.dev) | {"adapter": resolve(s.adapter)}
-    inputs |= signal_files(s.signals)
+    inputs |= signal_files(s.weights)
     return Phase("06_online_rl", s, inputs, without_effect=(*ranges.WITHOUT_EFFECT, "adapter"))
 
 def grpo_config(s: OnlineSettings, batches: int # of samples, in one epoch

@@ -827,7 +827,7 @@ def _warn_set_terms(job: PhaseJob, preset: regime_w.Preset) -> list[str]:
             "coherence cannot decide between two of them; leave-one-out compares solutions"]
 
 def _scoring(job: PhaseJob) -> regime_w.Preset:
-    return regime_w.reweighted(regime_w.with_signals(job.v["preset"], job.v["signals"]), job.v.get("weights", {}))
+    return regime_w.reweighted(job.v["preset"], job.v["weights"])
 
 # %% ../nbs/lib/36_plan.ipynb #3b1f6a43
 def _warn_control(job: PhaseJob, plan: PhasePlan) -> list[str]:

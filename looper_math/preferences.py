@@ -14,7 +14,7 @@ from pathlib import Path
 from . import ranges
 from .pairs import PairRules, build_pairs_report, read_rollouts, reward_terms
 from .records import Phase, RecordError, RecordWriter, existing, read_records, run_folder
-from .regime_w import Preset, score_records, with_signals
+from .regime_w import Preset, reweighted, score_records
 from .signals import signal_files
 
 # %% ../nbs/03_preferences.ipynb #a5c21ee2
@@ -25,7 +25,7 @@ class PreferenceSettings(PairRules):
     base: str
     rollouts: str
     preset: str
-    signals: dict
+    weights: dict
 
     ALLOWED = {"base": ranges.BASE, "cap": ranges.SIZE, "threshold": ranges.Range(0, 1000), "seed": ranges.SEED}
 
@@ -33,7 +33,7 @@ class PreferenceSettings(PairRules):
         ranges.check_values(self, self.ALLOWED)
         ranges.check_model("base", self.base)
         super().__post_init__()
-        with_signals(self.preset, self.signals)
+        reweighted(self.preset, self.weights)
         self.rollouts = self.rollouts or f"outputs/{self.run}/02_rollouts/rollouts.jsonl"
 
     @property
@@ -44,7 +44,7 @@ class PreferenceSettings(PairRules):
         return models.prompt_template(self.base, self.template)
 
     @cached_property
-    def scoring(self) -> Preset: return with_signals(self.preset, self.signals)
+    def scoring(self) -> Preset: return reweighted(self.preset, self.weights)
 
     @property
     def path(self) -> Path: return run_folder(self.run)/"03_preferences"/"pairs.jsonl"
@@ -56,7 +56,7 @@ class PreferenceSettings(PairRules):
 # %% ../nbs/03_preferences.ipynb #2f59e581
 def open_phase(s: PreferenceSettings) -> Phase:
     "Phase 3 of the run; raises `RunConflict` if its folder was made with another configuration."
-    inputs = existing(rollouts=s.rollouts) | signal_files(s.signals)
+    inputs = existing(rollouts=s.rollouts) | signal_files(s.weights)
     return Phase("03_preferences", s, inputs, without_effect=("rollouts", "base"))
 
 def write_pairs(pairs: list[dict], path: Path):

@@ -62,7 +62,7 @@ def nearest(name: str, known) -> str: # a hint such as `; did you mean 'beta'?`,
 
 # %% ../nbs/lib/00_records.ipynb #26f19d8d
 # a recipe may give them to all
-SHARED_PARAMETERS = ("run", "base", "template", "dtype", "device", "n_gpu", "preset", "signals")
+SHARED_PARAMETERS = ("run", "base", "template", "dtype", "device", "n_gpu", "preset", "weights")
 
 def _injected(cells: list[str]) -> set[str]:
     "Names that papermill set: it runs them in a cell of their own, which begins with `# Parameters`."
@@ -367,8 +367,8 @@ def _located_values(run: str, value):
 
 # %% ../nbs/lib/00_records.ipynb #3e8bdaaf
 # phase → the method of `explore` that shows its files under other values of these parameters
-EXPLORED = {"02_rollouts": ("rescore", ("preset", "signals")),
-            "03_preferences": ("repair", ("preset", "signals", "policy", "coherence", "threshold", "cap", "prompt",
+EXPLORED = {"02_rollouts": ("rescore", ("preset", "weights")),
+            "03_preferences": ("repair", ("preset", "weights", "policy", "coherence", "threshold", "cap", "prompt",
                                           "pairing", "pair_types", "template", "seed"))}
 
 def _exploring_lines(phase: Path, changed: list[str], parameters: dict) -> list[str]:

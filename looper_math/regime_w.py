@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REWARD_TERMS', 'SHOWN', 'PRESETS', 'word_overlap', 'Weights', 'reward', 'Preset', 'find_preset', 'reweighted',
-           'with_signals', 'score_question', 'score_rollout', 'score_records', 'score_unlabelled']
+           'score_question', 'score_rollout', 'score_records', 'score_unlabelled']
 
 # %% ../nbs/00_regime_w.ipynb #49a329ee
 import math
@@ -22,7 +22,7 @@ from .answers import parse_answer
 from .ledger import Ledger, ledger
 from .prompts import ARM_SETS
 from .records import SettingsError, nearest
-from .signals import Signal, load_signals
+from .signals import Signal, is_own, load_signals
 
 # %% ../nbs/00_regime_w.ipynb #f04f7d17
 class _WordTable(dict):
@@ -276,6 +276,7 @@ PRESETS = {p.name: p for p in [
     Preset("leave-one-out", "platinum-11", weights=Weights(s_wm=0.0, quality=0.0, coherence=0.5)),
 ]}
 
+# %% ../nbs/00_regime_w.ipynb #449132c5
 def find_preset(
     preset: str | Preset, # a name in PRESETS, or a preset, which is returned as it is
 ) -> Preset:
@@ -286,23 +287,18 @@ def find_preset(
 
 def reweighted(
     preset: str | Preset, # a name in PRESETS, or a preset
-    weights: Mapping[str, float], # the weights that change, by the names in `Weights` and of the preset's own signals
+    weights: Mapping[str, float], # by the names in `Weights`, of the preset's own signals, and of functions
 ) -> Preset:
-    "A preset with other weights. Raises SettingsError for a weight that does not exist or is no finite number."
+    "A preset with other weights, and with further signals. Raises SettingsError for a weight that does not exist."
     preset = find_preset(preset)
-    own, known = {s.name for s in preset.signals}, vars(preset.weights) | preset.terms
+    loaded = {s.name: s for s in load_signals({name: w for name, w in weights.items() if is_own(name)})}
+    own, known = {s.name: s for s in preset.signals}, vars(preset.weights) | preset.terms
     for name in weights:
-        if name not in known: raise SettingsError(f"there is no weight {name!r}{nearest(name, known)}")
-    ours = {name: weight for name, weight in weights.items() if name not in own}
-    signals = tuple(replace(s, weight=weights.get(s.name, s.weight)) for s in preset.signals)
-    return replace(preset, weights=replace(preset.weights, **ours), signals=signals)
-
-def with_signals(
-    preset: str | Preset, # a name in PRESETS, or a preset
-    signals: Mapping[str, float], # function → weight, see `load_signals`
-) -> Preset:
-    "A preset that also rewards signals of one's own. Raises SettingsError for a signal that is not there."
-    return replace(find_preset(preset), signals=load_signals(signals))
+        if name not in known and not is_own(name):
+            raise SettingsError(f"there is no weight {name!r}{nearest(name, known)}")
+    changed = {name: replace(s, weight=weights.get(name, s.weight)) for name, s in own.items()} | loaded
+    ours = {name: weight for name, weight in weights.items() if name not in own and not is_own(name)}
+    return replace(preset, weights=replace(preset.weights, **ours), signals=tuple(changed.values()))
 
 # %% ../nbs/00_regime_w.ipynb #699c1dad
 def _s_wm(s_end: float, s_path: float, s_cf: float, w: Weights) -> float:

@@ -35,7 +35,7 @@ class RolloutSettings:
     limit: int
     arm_set: str
     preset: str
-    signals: dict
+    weights: dict
     max_new_tokens: int
     engine: str
     serving: dict
@@ -57,7 +57,7 @@ class RolloutSettings:
         else: require(resolve(self.import_from).is_file(), f"import_from: there is no file {self.import_from}")
         engines.check_engine(self.engine, self.serving)
         models.pick_dtype(self.dtype)
-        regime_w.with_signals(self.preset, self.signals)
+        regime_w.reweighted(self.preset, self.weights)
         self.adapter = self.adapter or f"outputs/{self.run}/01_sft/adapter"
 
     @property
@@ -73,7 +73,7 @@ class RolloutSettings:
     def arms(self) -> list[prompts.Arm]: return prompts.arms(self.arm_set)
 
     @cached_property
-    def scoring(self) -> regime_w.Preset: return regime_w.with_signals(self.preset, self.signals)
+    def scoring(self) -> regime_w.Preset: return regime_w.reweighted(self.preset, self.weights)
 
     @property
     def path(self) -> Path: return self.folder/"rollouts.jsonl"
@@ -115,7 +115,7 @@ def open_phase(s: RolloutSettings) -> Phase:
     if s.import_from: inputs = existing(import_from=s.import_from)
     else: inputs = existing(base=s.base, questions=s.questions)
     if s.adapter_folder and not s.import_from: inputs["adapter"] = resolve(s.adapter_folder)
-    inputs |= signal_files(s.signals)
+    inputs |= signal_files(s.weights)
     return Phase("02_rollouts", s, inputs, without_effect=(*ranges.WITHOUT_EFFECT, "n_gpu", "adapter"))
 
 def check_inputs(s: RolloutSettings):

@@ -527,7 +527,7 @@ def check_across(chosen: list[str], values: dict[str, dict]) -> list[str]: # wha
                           f"take some of {', '.join(arms)}, or [] for all")
     if not paired: return []
     return [f"note: 02_rollouts.{name} is {sampled[name]} and 03_preferences.{name} is {paired[name]}, "
-            f"which scores the rollouts anew" for name in ("preset", "signals") if paired[name] != sampled[name]]
+            f"which scores the rollouts anew" for name in ("preset", "weights") if paired[name] != sampled[name]]
 
 # %% ../nbs/lib/35_runs.ipynb #6781b60a
 LIVE_SECONDS, LOG_SECONDS = .5, 30. # between two lines on a terminal, and elsewhere

@@ -126,14 +126,14 @@ def signal_weights(preset: regime_w.Preset) -> dict[str, float]: # name → weig
     terms = {term: weight for term, weight in preset.terms.items() if weight or term in own}
     return terms | {name: 0. for name in MONITORS if name not in terms}
 
-def training_preset(name: str, weights: dict, signals: dict) -> regime_w.Preset:
-    "A preset with own signals and other weights; raises `SettingsError` for a wrong weight, or when no reward is left."
+def training_preset(name: str, weights: dict) -> regime_w.Preset:
+    "A preset with some weights changed; raises `SettingsError` for a wrong weight, or when no reward is left."
     for weight, value in weights.items():
         tokens = weight == "free_tokens"
         allowed = ranges.COUNT if tokens else ranges.Range(-1000, 1000)
         fits = type(value) in ((int,) if tokens else (int, float)) and value in allowed
         require(fits, f"weights: {weight} must be a number, {allowed}, got {value!r}")
-    preset = regime_w.reweighted(regime_w.with_signals(name, signals), weights)
+    preset = regime_w.reweighted(name, weights)
     require(any(signal_weights(preset).values()), "every reward weight is 0, so nothing could be learned")
     return preset
 

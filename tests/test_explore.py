@@ -31,7 +31,7 @@ def project(tmp_path_factory):
         patch.setattr(records, "ROOT", root)
         scored = list(score_records(raw_rollouts(20), "leave-one-out"))
         write_records(root / "outputs/small/02_rollouts/rollouts.jsonl", scored)
-        main(PreferenceSettings(run="small", base="data/pocket-base", rollouts="", signals={}, preset="leave-one-out",
+        main(PreferenceSettings(run="small", base="data/pocket-base", rollouts="", weights={}, preset="leave-one-out",
                                 policy="capped"))
     return root
 
@@ -107,7 +107,7 @@ def test_papermill_ends_with_an_error(project, tmp_path):
 def test_the_printed_lines_work(project, monkeypatch):
     "Those that explore give the changed pairs, and those of a new run make them."
     monkeypatch.setattr(records, "ROOT", project)
-    s = PreferenceSettings(run="small", base="data/pocket-base", rollouts="", signals={}, preset="leave-one-out",
+    s = PreferenceSettings(run="small", base="data/pocket-base", rollouts="", weights={}, preset="leave-one-out",
                            **CHANGED)
     with pytest.raises(RunConflict) as refused: main(s)
     lines = [line.strip() for line in str(refused.value).splitlines() if line.startswith("    ")]
@@ -116,6 +116,6 @@ def test_the_printed_lines_work(project, monkeypatch):
     pairs = eval(lines[1], space)
     values = {name.strip(): ast.literal_eval(value) for name, _, value in (line.partition("=") for line in lines[2:])}
     assert values == {"run": "small-2", "rollouts": "outputs/small/02_rollouts/rollouts.jsonl"}
-    new = main(PreferenceSettings(base="data/pocket-base", signals={}, preset="leave-one-out", **CHANGED, **values))
+    new = main(PreferenceSettings(base="data/pocket-base", weights={}, preset="leave-one-out", **CHANGED, **values))
     shutil.rmtree(project / "outputs/small-2")
     assert pairs[list(new[0])].to_dict("records") == new

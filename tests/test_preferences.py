@@ -328,7 +328,7 @@ def test_comparison_of_policies_agrees_with_the_pairs():
 def phase(tmp_path, monkeypatch):
     "Settings of a run in a project of its own, its rollouts written."
     monkeypatch.setattr(records, "ROOT", tmp_path)
-    s = PreferenceSettings(run="r", base="data/pocket-base", rollouts="", signals={}, preset="platinum-11",
+    s = PreferenceSettings(run="r", base="data/pocket-base", rollouts="", weights={}, preset="platinum-11",
                            policy="capped")
     folder = tmp_path/"outputs"/"r"/"02_rollouts"
     folder.mkdir(parents=True)
@@ -404,7 +404,7 @@ def test_missing_rollouts_and_no_pairs(phase):
 
 
 def test_bad_settings():
-    sound = dict(run="r", base="data/pocket-base", rollouts="", signals={}, preset="platinum-11")
+    sound = dict(run="r", base="data/pocket-base", rollouts="", weights={}, preset="platinum-11")
     for change, error, message in (({"policy": "caped"}, SettingsError, "did you mean 'capped'"),
                                    ({"preset": "platinum11"}, ValueError, "platinum-11"),
                                    ({"run": "../r"}, SettingsError, "run must be a name")):

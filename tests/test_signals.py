@@ -6,7 +6,7 @@ from looper_math import browse, explore, online_rl, records, sampler
 from looper_math.pairs import build_pairs, inertness_audit
 from looper_math.preferences import PreferenceSettings, main
 from looper_math.records import ROOT, RunConflict, read_json
-from looper_math.regime_w import score_records, with_signals
+from looper_math.regime_w import reweighted, score_records
 from looper_math.runs import parameters_of
 from looper_math.shards import write_records
 
@@ -32,7 +32,7 @@ def module(tmp_path, monkeypatch):
 
 def settings(**changes):
     values = {name: p.default for name, p in parameters_of(ROOT / "nbs/03_preferences.ipynb").items()}
-    return PreferenceSettings(**values | {"run": "small", "signals": SIGNALS} | changes)
+    return PreferenceSettings(**values | {"run": "small", "weights": SIGNALS} | changes)
 
 
 def coherence_pairs(pairs): return [p for p in pairs if p["pair_type"] == "coherence"]
@@ -56,20 +56,20 @@ def test_manifest_tables_and_page_show_it(module):
     run = explore.load("small")
     table = run.rescore()
     assert (table.brief == -table.num_tokens / 100).all()
-    assert "brief" not in run.rescore(signals={})
+    assert "brief" not in run.rescore("leave-one-out")
     page = browse.page_records(run.folder)
     assert dict(zip(page["terms"], page["weights"]))["brief"] == 5
     assert "brief" in page["views"][0]["questions"][0]["solutions"][0]["signals"]
 
 
 def test_the_audit_counts_what_it_changes(module):
-    audit = inertness_audit(raw_rollouts(30), with_signals("leave-one-out", SIGNALS))
+    audit = inertness_audit(raw_rollouts(30), reweighted("leave-one-out", SIGNALS))
     assert audit.loc["brief", "gone"] > 0 and audit.loc["brief", "weight"] == 5
 
 
 def test_a_signal_without_values_is_named(module):
     module.write_text("def brief(question, trajectory): return None\n")
-    preset = with_signals("leave-one-out", {"brief_signals.brief": 1})
+    preset = reweighted("leave-one-out", {"brief_signals.brief": 1})
     assert "brief has no value anywhere" in inertness_audit(raw_rollouts(5), preset).loc["brief", "sentence"].lower()
 
 
@@ -81,6 +81,6 @@ def test_a_changed_function_is_another_configuration(module):
 
 def test_online_rl_rewards_it():
     values = {name: p.default for name, p in parameters_of(ROOT / "nbs/06_online_rl.ipynb").items()}
-    s = online_rl.OnlineSettings(**values | {"signals": {"looper_math.process.who_has_what": .3}})
+    s = online_rl.OnlineSettings(**values | {"weights": {"looper_math.process.who_has_what": .3}})
     assert s.logged["who_has_what"] == .3
     assert sampler.reward_functions([*s.logged])[2].__name__ == [*s.logged][2]
