@@ -258,7 +258,7 @@ class Preset:
 
     def __post_init__(self):
         for name in (signal.name for signal in self.signals if signal.name in _TAKEN):
-            raise SettingsError(f"signals: {name!r} is the name of another value; rename the function")
+            raise SettingsError(f"weights: {name!r} is the name of another value; rename the function")
         for name, forms in _FORMS.items():
             value = getattr(self, name)
             if value in forms: continue
